@@ -81,7 +81,7 @@ def check_shard(path: Path, sha256: str | None = None) -> None:
 def _samples(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Walk through a tar: (key, {ending: content}) for each key."""
     key, sample = None, {}
-    with path.open("rb") as file, tarfile.open(fileobj=file) as tar:
+    with path.open("rb") as file, tarfile.open(None, "r:", file) as tar:
         for member in tar:
             if not member.isfile():
                 continue
@@ -105,7 +105,7 @@ PICTURES = ("webp", "png", "jpg", "jpeg", "gif", "bmp", "tif", "tiff")
 def read_shard(
     path: Path | str, sha256: str | None = None
 ) -> Iterator[tuple[dict, bytes]]:
-    """Stream the pairs of a WebDataset tar, one after another.
+    """Stream the pairs of a WebDataset tar (not compressed).
 
     Args:
         sha256: if given, the whole file is checked before the first pair.

@@ -1,7 +1,7 @@
 """The losses, against loops, open_clip and finite differences.
 
 Tolerances: float64 agrees with open_clip to 1e-12, float32 to 1e-5
-relative (1e-7 absolute), values and all gradients.
+relative (1e-6 absolute), values and all gradients.
 """
 
 import math
@@ -16,7 +16,7 @@ from miniclip.loss import clip_loss, siglip_loss
 
 TOLERANCE = {
     torch.float64: {"rtol": 1e-12, "atol": 1e-12},
-    torch.float32: {"rtol": 1e-5, "atol": 1e-7},
+    torch.float32: {"rtol": 1e-5, "atol": 1e-6},
 }
 DTYPES = list(TOLERANCE)
 

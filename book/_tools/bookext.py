@@ -1,6 +1,7 @@
 """What this book adds to Sphinx: stored outputs, badges, no far hosts."""
 
 import os
+import re
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
@@ -62,6 +63,19 @@ def add_badges(app: Sphinx, doctree: nodes.document) -> None:
             code.parent.insert(code.parent.index(code), badge)
 
 
+def lay_out_docstring(app: Sphinx, *args) -> None:
+    """Link its chapter; make `Returns: this` a paragraph of its own."""
+    lines = args[-1]
+    text = "\n".join(lines)
+    text = re.sub(r"book/(chapters/\w+)\.md", r":doc:`/\1`", text)
+    lines[:] = re.sub(
+        r"^(Returns|Yields|Raises|Source): (.+(?:\n +.+)*)",
+        lambda found: f"**{found[1]}:** {' '.join(found[2].split())}",
+        text,
+        flags=re.M,
+    ).splitlines()
+
+
 def drop_thebe(app: Sphinx, page: str, _, context: dict, __) -> None:
     """Leave out the scripts of live cells, which come from another host."""
     context["script_files"] = [
@@ -95,6 +109,7 @@ def setup(app: Sphinx) -> dict:
     app.connect("config-inited", use_local_mathjax)
     app.connect("builder-inited", use_stored_outputs)
     app.connect("doctree-read", add_badges)
+    app.connect("autodoc-process-docstring", lay_out_docstring, priority=1)
     app.connect("html-page-context", drop_thebe, priority=900)
     app.connect("build-finished", offer_notebooks)
     return {"parallel_read_safe": True}

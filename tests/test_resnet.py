@@ -1,0 +1,349 @@
+"""The ResNet: against torchvision, by hand, and at every size."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torchvision.models.resnet import BasicBlock as TorchvisionBlock
+
+from miniclip.resnet import BasicBlock, ResNet, check_size
+
+
+def wake(net: nn.Module) -> nn.Module:
+    """Give every norm gains, biases and running averages of its own."""
+    torch.manual_seed(1)
+    for part in net.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            nn.init.normal_(part.weight, mean=1, std=0.2)
+            nn.init.normal_(part.bias, std=0.2)
+            nn.init.normal_(part.running_mean, std=0.2)
+            nn.init.uniform_(part.running_var, 0.5, 2)
+    return net
+
+
+def tower(*layers: int, width: int = 8, embed_dim: int = 5) -> ResNet:
+    torch.manual_seed(0)
+    return wake(ResNet(layers, width, embed_dim))
+
+
+# The block
+
+
+@pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("planes", [16, 24])
+def test_a_block_without_stride_is_torchvisions(mode, planes):
+    """In double precision, so that 1e-10 leaves room for rounding only."""
+    torch.manual_seed(0)
+    ours = wake(BasicBlock(16, planes)).double().train(mode)
+    wider = None if planes == 16 else BasicBlock(16, planes).downsample
+    theirs = TorchvisionBlock(16, planes, downsample=wider)
+    theirs = theirs.double().train(mode)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(4, 16, 9, 7, dtype=torch.double, requires_grad=True)
+    seed = torch.randn(4, planes, 9, 7, dtype=torch.double)
+    found = []
+    for block in ours, theirs:
+        y = block(x)
+        names, weights = zip(*block.named_parameters())
+        grads = torch.autograd.grad((y * seed).sum(), [x, *weights])
+        found.append(
+            (y, dict(zip(["x", *names], grads)), block.state_dict())
+        )
+    torch.testing.assert_close(*found, atol=1e-10, rtol=1e-10)
+
+
+def norm_by_hand(x, bn, train):
+    """Batch norm as its formula says it, in either mode."""
+    mean, var = bn.running_mean, bn.running_var
+    if train:
+        mean = x.mean(dim=(0, 2, 3))
+        var = x.var(dim=(0, 2, 3), correction=0)
+    mean, var, gain, bias = (
+        t[:, None, None] for t in (mean, var, bn.weight, bn.bias)
+    )
+    return (x - mean) / (var + 1e-5).sqrt() * gain + bias
+
+
+def conv_by_hand(x, conv):
+    """A 3x3 convolution with stride 1 as a sum of nine shifted products."""
+    H, W = x.shape[2:]
+    x, y = F.pad(x, (1, 1, 1, 1)), 0
+    for i in range(3):
+        for j in range(3):
+            window = x[:, :, i : i + H, j : j + W]
+            weight = conv.weight[:, :, i, j]
+            y = y + torch.einsum("oc,bchw->bohw", weight, window)
+    return y
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_a_block_that_halves_is_what_the_chapter_says(train):
+    """Pool both branches, two convolutions, widen the shortcut: by hand."""
+    torch.manual_seed(0)
+    block = wake(BasicBlock(4, 6, stride=2)).double().train(train)
+    x = torch.randn(3, 4, 8, 6, dtype=torch.double)
+    running = {n: t.clone() for n, t in block.state_dict().items()}
+    y = block(x)
+    block.load_state_dict(running)
+
+    x = x.reshape(3, 4, 4, 2, 3, 2).mean(dim=(3, 5))
+    h = conv_by_hand(x, block.conv1)
+    h = norm_by_hand(h, block.bn1, train).clamp(min=0)
+    h = norm_by_hand(conv_by_hand(h, block.conv2), block.bn2, train)
+    conv, bn = block.downsample
+    shortcut = torch.einsum("oc,bchw->bohw", conv.weight[:, :, 0, 0], x)
+    by_hand = (h + norm_by_hand(shortcut, bn, train)).clamp(min=0)
+    torch.testing.assert_close(y, by_hand, atol=1e-12, rtol=0)
+
+
+def test_training_moves_the_running_averages_by_a_tenth():
+    torch.manual_seed(0)
+    block, x = BasicBlock(4, 4), torch.randn(3, 4, 5, 5)
+    block(x)
+    y = block.conv1(x)
+    bn = block.bn1
+    torch.testing.assert_close(bn.running_mean, 0.1 * y.mean(dim=(0, 2, 3)))
+    var = 0.9 + 0.1 * y.var(dim=(0, 2, 3))
+    torch.testing.assert_close(bn.running_var, var)
+    assert bn.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_a_new_block_is_its_shortcut_to_the_last_bit(train):
+    block = BasicBlock(8, 8).train(train)
+    x = torch.randn(2, 8, 6, 6).relu()
+    assert torch.equal(block(x), x)
+    block = BasicBlock(8, 12, stride=2).train(train)
+    shortcut = block.downsample(F.avg_pool2d(x, 2)).relu()
+    assert torch.equal(block(x), shortcut)
+
+
+def test_every_last_gain_and_no_other_starts_at_zero():
+    net = ResNet((2, 1, 3), 8, 5)
+    for name, p in net.named_parameters():
+        if name.endswith("bn2.weight"):
+            assert (p == 0).all()
+        elif p.ndim == 1:  # the other gains, and the biases
+            assert (p == float(name.endswith("weight"))).all(), name
+        else:
+            assert (p != 0).all(), name
+
+
+# The tower
+
+
+@pytest.mark.parametrize("side", [32, 48, 64])
+@pytest.mark.parametrize(
+    "layers, width, embed_dim",
+    [
+        ((1,), 4, 3),
+        ((2, 1), 8, 16),
+        ((1, 1, 1), 12, 5),
+        ((1, 2, 1, 1), 6, 7),
+    ],
+)
+def test_each_stage_has_half_the_size_and_twice_the_channels(
+    layers, width, embed_dim, side
+):
+    net = tower(*layers, width=width, embed_dim=embed_dim)
+    shapes = []
+    for block in net.blocks:
+        block.register_forward_hook(
+            lambda m, i, y: shapes.append(tuple(y.shape))
+        )
+    assert net(torch.randn(2, 3, side, side)).shape == (2, embed_dim)
+    expected = []
+    for stage, depth in enumerate(layers):
+        size = side // 2 ** (stage + 1)
+        expected += [(2, width * 2**stage, size, size)] * depth
+    assert shapes == expected
+
+
+def test_the_feature_is_the_mean_over_all_places_projected():
+    net = tower(1, 1).eval()
+    image = torch.randn(2, 3, 20, 28)
+    x = F.conv2d(image, net.conv1.weight, stride=2, padding=1)
+    x = net.blocks(net.bn1(x).clamp(min=0))  # (2, 16, 5, 7)
+    expected = torch.einsum("bchw,ce->be", x / 35, net.proj)
+    torch.testing.assert_close(net(image), expected, atol=1e-5, rtol=1e-5)
+
+
+@settings(max_examples=30)
+@given(
+    st.integers(1, 4), st.integers(1, 40), st.integers(1, 40), st.booleans()
+)
+def test_every_size_works_down_to_the_smallest(stages, H, W, train):
+    net = ResNet((1,) * stages, 2, 3).train(train)
+    image = torch.randn(2, 3, H, W)
+    if min(H, W) < 2**stages - 1:
+        with pytest.raises(ValueError, match=f"has {H} x {W} pixels"):
+            net(image)
+    else:
+        assert net(image).isfinite().all()
+
+
+def test_the_smallest_size_is_where_torch_would_give_up():
+    for stages in 1, 2, 3, 4, 5:
+        net = ResNet((1,) * stages, 2, 3)
+        least = 2**stages - 1
+        assert net(torch.randn(2, 3, least, least)).shape == (2, 3)
+        if stages > 1:
+            too_small = torch.randn(2, 2, least // 2, 99)  # after the stem
+            with pytest.raises(RuntimeError):
+                net.blocks(too_small)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(3, 64, 64), (1, 64, 64), (2, 1, 64, 64), (2, 64, 64, 3), (3,)],
+)
+def test_what_is_no_batch_of_pictures_is_refused(shape):
+    with pytest.raises(ValueError) as error:
+        tower(1)(torch.zeros(shape))
+    assert f"{shape}, expected (B, 3, H, W)" in str(error.value)
+
+
+def test_the_errors_say_what_to_do():
+    with pytest.raises(ValueError, match="4 stages needs at least 15 x 15"):
+        check_size(torch.zeros(1, 3, 64, 14), stages=4)
+    with pytest.raises(ValueError, match="uint8, expected floats"):
+        tower(1)(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+    for layers in (), (1, 0, 1), (-1,):
+        with pytest.raises(ValueError, match="each stage needs a block"):
+            ResNet(layers, 8, 5)
+
+
+@pytest.mark.parametrize("layers", [(1,), (1, 1, 1, 1), (3, 4, 6, 3)])
+@pytest.mark.parametrize("w, e", [(8, 5), (64, 512)])
+def test_the_number_of_parameters(layers, w, e):
+    with torch.device("meta"):
+        net = ResNet(layers, w, e)
+    total = 27 * w + 2 * w  # the stem
+    for stage, depth in enumerate(layers):
+        planes = w * 2**stage
+        total += depth * (18 * planes**2 + 4 * planes)
+        if stage:  # the first convolution reads half, the shortcut widens
+            half = planes // 2
+            total += 9 * half * planes - 9 * planes**2
+            total += half * planes + 2 * planes
+    total += planes * e
+    assert sum(p.numel() for p in net.parameters()) == total
+
+
+NORM = [
+    "weight",
+    "bias",
+    "running_mean",
+    "running_var",
+    "num_batches_tracked",
+]
+
+
+def names(block: str, wider: bool) -> list[str]:
+    """What a block adds to the state dict, in order."""
+    found = []
+    for i in "12":
+        found.append(f"{block}.conv{i}.weight")
+        found += [f"{block}.bn{i}.{name}" for name in NORM]
+    if wider:
+        found.append(f"{block}.downsample.0.weight")
+        found += [f"{block}.downsample.1.{name}" for name in NORM]
+    return found
+
+
+def test_the_names_in_a_checkpoint_never_change():
+    state = ResNet((2, 1), 8, 5).state_dict()
+    expected = ["proj", "conv1.weight", *(f"bn1.{name}" for name in NORM)]
+    expected += names("blocks.0", wider=False)
+    expected += names("blocks.1", wider=False)
+    expected += names("blocks.2", wider=True)
+    assert list(state) == expected
+    shapes = {n: tuple(t.shape) for n, t in state.items() if t.ndim > 1}
+    assert shapes == {
+        "proj": (16, 5),
+        "conv1.weight": (8, 3, 3, 3),
+        "blocks.0.conv1.weight": (8, 8, 3, 3),
+        "blocks.0.conv2.weight": (8, 8, 3, 3),
+        "blocks.1.conv1.weight": (8, 8, 3, 3),
+        "blocks.1.conv2.weight": (8, 8, 3, 3),
+        "blocks.2.conv1.weight": (16, 8, 3, 3),
+        "blocks.2.conv2.weight": (16, 16, 3, 3),
+        "blocks.2.downsample.0.weight": (16, 8, 1, 1),
+    }
+
+
+def test_the_starting_noise_keeps_the_size():
+    torch.manual_seed(0)
+    proj = ResNet((1, 1, 1), 64, 512).proj
+    assert abs(proj.std() * 256**0.5 - 1) < 0.02
+
+
+# Order in memory, batches, shifts
+
+
+def contiguous(net: ResNet, image: torch.Tensor) -> torch.Tensor:
+    x = F.relu(net.bn1(net.conv1(image)))
+    return net.blocks(x).mean(dim=(2, 3)) @ net.proj
+
+
+def test_channels_last_computes_the_same():
+    net = tower(1, 2, 1).double()
+    image = torch.randn(4, 3, 30, 34, dtype=torch.double)
+    found = []
+    for forward in contiguous, lambda net, image: net(image):
+        loss = forward(net, image).square().sum()
+        grads = torch.autograd.grad(loss, list(net.parameters()))
+        found.append((loss, *grads))
+    torch.testing.assert_close(*found, atol=1e-9, rtol=1e-9)
+
+
+def test_the_tower_works_in_channels_last_and_takes_both_orders():
+    net = tower(1, 1).eval()
+    seen = []
+    for block in net.blocks:
+        block.register_forward_hook(lambda m, i, y: seen.append(y))
+    image = torch.randn(2, 3, 32, 32)
+    y = net(image)
+    last = torch.channels_last
+    assert all(x.is_contiguous(memory_format=last) for x in seen)
+    assert torch.equal(net(image.contiguous(memory_format=last)), y)
+    assert image.is_contiguous()  # the caller's picture is left alone
+
+
+def test_in_evaluation_a_picture_does_not_see_its_batch():
+    net, image = tower(1, 1).double(), torch.randn(6, 3, 24, 24).double()
+    alone = torch.cat([net.eval()(one[None]) for one in image])
+    torch.testing.assert_close(net(image), alone, atol=1e-10, rtol=0)
+    assert (net.train()(image)[:3] - net(image[:3])).abs().max() > 1e-3
+
+
+def test_a_shift_by_all_the_halvings_changes_nothing():
+    """On white far from the border, where no padding is seen."""
+    net = tower(1, 1, 1).double().eval()
+    torch.manual_seed(0)
+    picture = F.pad(torch.randn(1, 3, 8, 8), (80,) * 4, value=1.0).double()
+    f = net(picture)
+    for dim in -1, -2:
+        torch.testing.assert_close(
+            net(picture.roll(8, dim)), f, atol=1e-10, rtol=0
+        )
+        assert (net(picture.roll(1, dim)) - f).abs().max() > 1e-8
+
+
+def test_all_parameters_learn_and_the_tower_is_deterministic():
+    net, image = tower(2, 1), torch.randn(4, 3, 32, 32)
+    net(image).square().sum().backward()
+    for name, p in net.named_parameters():
+        assert p.grad.abs().max() > 0, name
+    net.eval()
+    assert torch.equal(net(image), net(image))
+
+
+def test_the_feature_does_not_depend_on_the_picture_size_of_flat_colour():
+    """A mean, not a sum, over the places; borders fade as pictures grow."""
+    net = tower(1, 1).double().eval()
+    white = [torch.ones(1, 3, s, s).double() for s in (256, 512, 1024)]
+    a, b, c = (net(x) for x in white)
+    assert (c - b).norm() < 0.6 * (b - a).norm() < 0.1 * b.norm()
