@@ -1,7 +1,30 @@
 """miniclip: CLIP from scratch, a book that is a library."""
 
-from miniclip.loss import clip_loss, siglip_loss
-from miniclip.model import CLIP, load, save
+from importlib.metadata import version
 
-__version__ = "0.1.0"
-__all__ = ["CLIP", "clip_loss", "load", "save", "siglip_loss"]
+from miniclip.loss import clip_loss, siglip_loss
+from miniclip.model import (
+    CLIP,
+    CONFIGS,
+    CLIPConfig,
+    available_models,
+    load,
+    preprocess,
+    save,
+)
+from miniclip.tokenizer import Tokenizer, train_bpe
+
+__version__ = version("miniclip")
+__all__ = [
+    "CLIP",
+    "CONFIGS",
+    "CLIPConfig",
+    "Tokenizer",
+    "available_models",
+    "clip_loss",
+    "load",
+    "preprocess",
+    "save",
+    "siglip_loss",
+    "train_bpe",
+]

@@ -1,4 +1,4 @@
-"""Real pictures with real captions: emoji shards, decoder, split, dataset.
+"""Real pictures with real captions: shards, decoder, split, dataset.
 
 Written from book/chapters/01_data.md; edit that file.
 """
@@ -102,6 +102,23 @@ def _samples(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
 PICTURES = ("webp", "png", "jpg", "jpeg", "gif", "bmp", "tif", "tiff")
 
 
+def _pair(key: str, sample: dict[str, bytes]) -> tuple[dict, bytes]:
+    """The record and the picture of a key, which must have one of each."""
+    pictures = [ending for ending in sample if ending in PICTURES]
+    if "json" not in sample or len(pictures) != 1:
+        raise ValueError(
+            f"key {key!r} has the files {sorted(sample)}, expected one "
+            ".json and one picture"
+        )
+    try:
+        record = json.loads(sample["json"])
+    except ValueError as error:
+        raise ValueError(
+            f"key {key!r} has no valid .json: {error}"
+        ) from None
+    return {**record, "key": key}, sample[pictures[0]]
+
+
 def read_shard(
     path: Path | str, sha256: str | None = None
 ) -> Iterator[tuple[dict, bytes]]:
@@ -114,7 +131,7 @@ def read_shard(
         added as record["key"]; the bytes of the picture, not decoded.
 
     Raises: FileNotFoundError; ValueError for a damaged or truncated file,
-        or a key without exactly one record and one picture.
+        or a key that has not one record and one picture.
 
     Chapter: book/chapters/01_data.md
     """
@@ -122,15 +139,8 @@ def read_shard(
     check_shard(path, sha256)
     try:
         for key, sample in _samples(path):
-            pictures = [x for x in sample if x in PICTURES]
-            if "json" not in sample or len(pictures) != 1:
-                raise ValueError(
-                    f"{path}: key {key!r} has the files {sorted(sample)}, "
-                    "expected one .json and one picture"
-                )
-            record = json.loads(sample["json"])
-            yield {"key": key, **record}, sample[pictures[0]]
-    except (tarfile.ReadError, EOFError) as error:
+            yield _pair(key, sample)
+    except (tarfile.ReadError, ValueError) as error:
         raise ValueError(
             f"{path} is damaged: {error}; {RESTORE}"
         ) from error

@@ -93,12 +93,11 @@ class ResNet(nn.Module):
         self.bn1 = nn.BatchNorm2d(width)
         blocks, inplanes = [], width
         for stage, depth in enumerate(layers):
+            planes = width * 2**stage
             for i in range(depth):
                 stride = 2 if stage and i == 0 else 1
-                blocks.append(
-                    BasicBlock(inplanes, width * 2**stage, stride)
-                )
-                inplanes = width * 2**stage
+                blocks.append(BasicBlock(inplanes, planes, stride))
+                inplanes = planes
         self.blocks = nn.Sequential(*blocks)
         projection = inplanes**-0.5 * torch.randn(inplanes, embed_dim)
         self.proj = nn.Parameter(projection)

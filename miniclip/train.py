@@ -51,7 +51,7 @@ def new_model(data: EmojiDataset, merges: int = 2000, **changes) -> CLIP:
     config = dict(
         embed_dim=256,
         image_resolution=48,
-        vision_layers=(1, 1, 1, 1),
+        vision_layers=(1, 1, 1),
         vision_width=48,
         vision_patch_size=None,
         context_length=48,
@@ -96,9 +96,9 @@ class Recipe:
     Chapter: book/chapters/08_train.md
     """
 
-    steps: int = _option(5000, 1, 1_000_000, "batches to learn from")
+    steps: int = _option(3000, 1, 1_000_000, "batches to learn from")
     concepts: int = _option(
-        64, 2, 1_000_000, "concepts in a batch, each with all its pictures"
+        64, 2, 1_000_000, "a batch has as many pictures as these have"
     )
     learning_rate: float = _option(2e-3, 0, 1000, "at its highest")
     warmup: int = _option(
@@ -107,17 +107,14 @@ class Recipe:
     weight_decay: float = _option(0.2, 0, 1000, "of matrices, as in AdamW")
     resolution: int = _option(32, 16, 1024, "pixels, at first")
     last_resolution: int = _option(48, 16, 1024, "pixels, in the last part")
-    last_share: float = _option(0.2, 0, 1, "how much the last part is")
-    keywords: float = _option(0.5, 0, 1, "share of captions with keywords")
-    strength: float = _option(1.0, 0, 4, "of the augmentation, 0 for none")
+    last_share: float = _option(0.15, 0, 1, "how much the last part is")
+    keywords: float = _option(0.3, 0, 1, "share of captions with keywords")
+    strength: float = _option(1.0, 0, 4, "of the augmentation, at its full")
     by_concept: bool = _option(
-        True, False, True, "draw whole concepts, not single pictures"
+        False, False, True, "draw whole concepts, not single pictures"
     )
     mask: bool = _option(
-        True,
-        False,
-        True,
-        "leave pairs that share a concept out of the loss",
+        True, False, True, "spare pairs of one concept in the loss"
     )
     seed: int = _option(0, 0, 10**9, "of everything random")
 
@@ -158,11 +155,11 @@ def learning_rate(step: int, recipe: Recipe) -> float:
 
 
 class ConceptBatches:
-    """Batches of whole concepts: step t -> the items of each concept.
+    """Step t -> its items, in groups that share a caption.
 
-    Step t depends on t and the seed only, and every concept comes once in
-    an epoch (but for a rest that is too small for a batch). Without
-    recipe.by_concept, as many pictures are drawn, one by one.
+    A group is one picture, or with recipe.by_concept all pictures of one
+    caption. What comes in step t depends on t and the seed alone; each
+    group comes once in an epoch, but for a rest too small for a batch.
 
     Chapter: book/chapters/08_train.md
     """
@@ -251,6 +248,14 @@ def augment(
     return (images - mean[:, None, None]) / std[:, None, None]
 
 
+def strength_at(step: int, recipe: Recipe) -> float:
+    """The strength of the augmentation: it grows until half time.
+
+    Chapter: book/chapters/08_train.md
+    """
+    return recipe.strength * min(1.0, step / (recipe.steps / 2))
+
+
 def random_caption(
     record: dict, keywords: float, rng: random.Random
 ) -> str:
@@ -307,8 +312,8 @@ def make_batch(
     number = {name: k for k, name in enumerate(names)}
     concepts = torch.tensor([number[r["concept"]] for r in records])
     images = data.images[[i for group in groups for i in group]]
-    size = resolution_at(step, recipe)
-    images = augment(images, size, recipe.strength, rng)
+    size, strength = resolution_at(step, recipe), strength_at(step, recipe)
+    images = augment(images, size, strength, rng)
     return Batch(images, captions, torch.tensor(owners), concepts)
 
 
@@ -399,15 +404,16 @@ def _stuck(signs: dict) -> tuple[str, str] | None:
     says = f"the loss is {loss:.2f}, guessing would cost {guess:.2f} (ln B)"
     if signs["spread"] < 0.05:
         return "collapse", (
-            f"{says}, and all pictures have nearly the same feature (spread "
-            f"{signs['spread']:.3f}): lower the learning rate, lengthen the "
-            "warm-up, and see that the loss pushes wrong pairs apart"
+            f"{says}, and all pictures have nearly the same feature "
+            f"(spread {signs['spread']:.3f}): lower the learning rate, "
+            "lengthen the warm-up, and see that the loss pushes wrong "
+            "pairs apart"
         )
     if loss > guess + 0.5:
         return "worse than guessing", (
-            f"{says}: the model is sure of wrong answers. Lower the learning "
-            "rate; are the features normalised, and is the scale exp(ln s), "
-            f"{signs['scale']:.1f}?"
+            f"{says}: the model is sure of wrong answers. Lower the "
+            "learning rate; are the features normalised, and is the scale "
+            f"exp(ln s), {signs['scale']:.1f}?"
         )
     return "knows nothing", (
         f"{says}, and {signs['accuracy']:.0%} of the pictures find their "
@@ -577,8 +583,8 @@ def _check_before(model: CLIP, data: EmojiDataset, recipe: Recipe) -> None:
     size = resolution_at(recipe.steps - 1, recipe)
     if size != model.config.image_resolution:
         raise ValueError(
-            f"the training ends with pictures of {size} pixels, the model is "
-            f"made for {model.config.image_resolution}; build it with "
+            f"the training ends with pictures of {size} pixels, the model "
+            f"is made for {model.config.image_resolution}; build it with "
             f"image_resolution={size}"
         )
     for record in data.records:

@@ -239,12 +239,12 @@ def test_what_a_chapter_imports_gets_installed(chapter):
 def test_plain():
     plain = Plain()
     plain.numbers["eq-x"] = "6.2"
-    clip = "https://arxiv.org/abs/2103.00020"
+    cpc = "https://arxiv.org/abs/1807.03748"
     adam = "https://arxiv.org/abs/1412.6980"
     for myst, expected in {
-        "{cite:t}`radford2021clip`": f"[Radford et al. (2021)]({clip})",
-        "{cite:p}`radford2021clip, kingma2015adam`": f"([Radford et al., "
-        f"2021]({clip}); [Kingma and Ba, 2015]({adam}))",
+        "{cite:t}`oord2018cpc`": f"[van den Oord et al. (2018)]({cpc})",
+        "{cite:p}`oord2018cpc, kingma2015adam`": f"([van den Oord et al., "
+        f"2018]({cpc}); [Kingma and Ba, 2015]({adam}))",
         "$$\nx\n$$ (eq-x)\n\nBy {eq}`eq-x`": "$$\nx\n\\tag{6.2}\n$$\n\n"
         "By (6.2)",
         ":::{admonition} Note this\n:class: tip\nA\n\nB\n:::\nC": (
@@ -337,7 +337,6 @@ def test_changed_code_takes_no_outputs():
     code_cells(nb)[-1].source += "\n"
     assert not adopt(nb, old)
     nb = convert(chapter, plain)
-    nb.cells.pop()
     nb.cells.append(nbformat.v4.new_code_cell("1"))
     assert not adopt(nb, old)
 
