@@ -489,7 +489,7 @@ def save_run(
     """Write all that a run needs to go on into one safetensors file.
 
     The old file stays whole until the new one is. data: a fingerprint of
-    what the run learns from.
+    what the run learns from, not checked if empty.
 
     Chapter: book/chapters/08_train.md
     """
@@ -535,7 +535,7 @@ def _check_notes(
         for k in keys
         if theirs.get(k) != ours.get(k)
     ]
-    if notes.get("data", data) != data:
+    if data and notes.get("data") != data:
         differ.append("other data")
     if differ:
         raise ValueError(

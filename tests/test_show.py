@@ -58,6 +58,7 @@ def test_nothing_overlaps_and_nothing_is_cut(n, columns, lines):
     for i, a in enumerate(boxes):
         assert 0 <= a.x0 < a.x1 <= 1 and 0 <= a.y0 < a.y1 <= 1
         assert not any(a.overlaps(b) for b in boxes[:i])
+    assert min(box.y0 for box in boxes) < 1e-6  # no room left below
     text = fig.axes[0].title.get_window_extent()
     assert fig.axes[0].bbox.y1 <= text.y0 + 2 and text.y1 <= fig.bbox.y1 + 1
 

@@ -24,7 +24,6 @@ from miniclip import train as module
 from miniclip.loss import clip_loss
 from miniclip.model import MEAN, STD
 from miniclip.train import (
-    Batch,
     ConceptBatches,
     Recipe,
     augment,
@@ -261,11 +260,16 @@ def test_random_streams_stay_what_they_are():
     recipe = replace(RECIPE, keywords=0.5)
     batches = ConceptBatches(DATA.records, recipe)
     batch = make_batch(3, DATA, batches, recipe)
-    assert [group[0] for group in batches[3]] == STREAM_ITEMS
-    assert batch.captions[:4] == STREAM_CAPTIONS
-    assert batch.images[2, 1].mean().item() == pytest.approx(
-        STREAM_MEAN, abs=1e-4
-    )
+    items = [16, 1, 5, 15, 22, 3, 10, 0, 12, 9, 19, 8]
+    assert [group[0] for group in batches[3]] == items
+    assert batch.captions[:4] == [
+        "red square square shape colour red",
+        "green square",
+        "square teal shape colour",
+        "gold square",
+    ]
+    mean = batch.images[2, 1].mean().item()
+    assert mean == pytest.approx(1.12899, abs=1e-4)
 
 
 # ------------------------------------------------------------ the pictures
@@ -615,13 +619,17 @@ def test_load_run_refuses_another_run(tmp_path):
         load_run(path, wide, make_optimizer(wide, RECIPE), RECIPE)
     with pytest.raises(ValueError, match="other data"):
         train(model, world(styles=2), RECIPE, path, quiet=True)
-    assert all(torch.equal(before[k], t) for k, t in model.state_dict().items())
+    assert all(
+        torch.equal(before[k], t) for k, t in model.state_dict().items()
+    )
 
 
 @pytest.mark.parametrize("content", [b"", b"not a run at all", None])
 def test_load_run_refuses_a_damaged_file(tmp_path, content):
     path = saved(tmp_path)
-    path.write_bytes(path.read_bytes()[:5000] if content is None else content)
+    path.write_bytes(
+        path.read_bytes()[:5000] if content is None else content
+    )
     with pytest.raises(ValueError, match="run.safetensors is damaged"):
         train(small_model(), DATA, RECIPE, path, quiet=True)
 
@@ -669,7 +677,9 @@ def test_train_follows_the_schedule(monkeypatch):
 def test_train_refuses_what_would_go_wrong_late():
     with pytest.raises(ValueError, match="image_resolution=16"):
         train(small_model(image_resolution=32), DATA, RECIPE, quiet=True)
-    with pytest.raises(ValueError, match="'red square' have up to .* reads 6"):
+    with pytest.raises(
+        ValueError, match="'red square' have up to .* reads 6"
+    ):
         train(small_model(context_length=6), DATA, RECIPE, quiet=True)
 
 
@@ -690,9 +700,7 @@ def test_quiet_is_quiet_and_the_doctor_is_not(capsys):
 def test_going_on_is_said(tmp_path, capsys):
     path = tmp_path / "run.safetensors"
     with pytest.raises(PowerCut):
-        train(
-            small_model(), DATA, RECIPE, path, 4, watch=cut_after(5)
-        )
+        train(small_model(), DATA, RECIPE, path, 4, watch=cut_after(5))
     capsys.readouterr()
     train(small_model(), DATA, RECIPE, path, 4)
     assert "going on from step 4" in capsys.readouterr().out
@@ -707,7 +715,9 @@ def test_new_model_reads_all_captions_and_is_reproducible():
     assert model.tokenizer.merges == again.tokenizer.merges
     assert model.config.vocab_size == model.tokenizer.vocab_size
     text = "teal square shape"
-    assert model.tokenizer.decode(model.tokenizer.encode(text)).strip() == text
+    assert (
+        model.tokenizer.decode(model.tokenizer.encode(text)).strip() == text
+    )
     with pytest.raises(TypeError, match="wdth"):
         small_model(wdth=3)
 
@@ -735,8 +745,14 @@ def test_main_trains_a_model_that_loads(tmp_path, capsys):
 @pytest.mark.parametrize(
     "wrong, complaint",
     [
-        (["--keywords", "50"], "keywords is 50.0, expected a number from 0"),
-        (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
+        (
+            ["--keywords", "50"],
+            "keywords is 50.0, expected a number from 0",
+        ),
+        (
+            ["--steps", "many"],
+            "argument --steps: invalid int value: 'many'",
+        ),
         (["--styles", "twemoji"], "invalid choice: 'twemoji'"),
         (["--width", "0"], "vision_width is 0"),
         (["--mask", "yes"], "unrecognized arguments: yes"),
@@ -777,10 +793,3 @@ def test_nothing_starts_in_a_notebook():
     space = {"__name__": "__main__", "__spec__": None}
     exec(compile(code, module.__file__, "exec"), space)
     assert callable(space["main"])
-
-
-# What batch 3 of the small world holds, written down once.
-
-STREAM_ITEMS = []
-STREAM_CAPTIONS = []
-STREAM_MEAN = 0.0
