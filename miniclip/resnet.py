@@ -46,7 +46,8 @@ def check_size(image: Tensor, stages: int) -> None:
     """Raise ValueError unless image can be halved once for each stage.
 
     The stem rounds up and the pools round down, so n stages need
-    2**n - 1 pixels: 15 for four.
+    2**n - 1 pixels: 15 for four. One place is enough: where the map has
+    less than 4 x 4, neighbouring cells of the tower share a place.
 
     Chapter: book/chapters/05_resnet.md
     """
@@ -77,7 +78,8 @@ class ResNet(nn.Module):
 
     Raises: ValueError for a stage without blocks.
 
-    Source: He et al. 2016, with pooling before the blocks that halve.
+    Source: He et al. 2016, with pooling before the blocks that halve, and
+        with a mean for each of 4 x 4 cells in place of one for all.
 
     Chapter: book/chapters/05_resnet.md
     """
@@ -85,9 +87,7 @@ class ResNet(nn.Module):
     def __init__(self, layers: tuple[int, ...], width: int, embed_dim: int):
         super().__init__()
         if not layers or min(layers) < 1:
-            raise ValueError(
-                f"layers is {layers}, each stage needs a block"
-            )
+            raise ValueError(f"layers={layers}, each stage needs a block")
         self.stages = len(layers)
         self.conv1 = nn.Conv2d(3, width, 3, stride=2, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
@@ -99,12 +99,13 @@ class ResNet(nn.Module):
                 blocks.append(BasicBlock(inplanes, planes, stride))
                 inplanes = planes
         self.blocks = nn.Sequential(*blocks)
-        projection = inplanes**-0.5 * torch.randn(inplanes, embed_dim)
-        self.proj = nn.Parameter(projection)
+        rows = 16 * inplanes  # every channel of every cell
+        self.proj = nn.Parameter(rows**-0.5 * torch.randn(rows, embed_dim))
 
     def forward(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) floats, preprocessed -> (B, E), not normalised."""
         check_size(image, self.stages)
         x = image.contiguous(memory_format=torch.channels_last)
         x = F.relu(self.bn1(self.conv1(x)))  # half the size
-        return self.blocks(x).mean(dim=(2, 3)) @ self.proj
+        x = F.adaptive_avg_pool2d(self.blocks(x), 4)  # where matters
+        return x.flatten(1) @ self.proj

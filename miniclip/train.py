@@ -402,24 +402,24 @@ def _stuck(signs: dict) -> tuple[str, str] | None:
     if loss < guess - 0.1:
         return None
     says = f"the loss is {loss:.2f}, guessing would cost {guess:.2f} (ln B)"
-    if signs["spread"] < 0.05:
-        return "collapse", (
-            f"{says}, and all pictures have nearly the same feature "
-            f"(spread {signs['spread']:.3f}): lower the learning rate, "
-            "lengthen the warm-up, and see that the loss pushes wrong "
-            "pairs apart"
-        )
     if loss > guess + 0.5:
         return "worse than guessing", (
             f"{says}: the model is sure of wrong answers. Lower the "
             "learning rate; are the features normalised, and is the scale "
             f"exp(ln s), {signs['scale']:.1f}?"
         )
-    return "knows nothing", (
-        f"{says}, and {signs['accuracy']:.0%} of the pictures find their "
-        "caption: do pictures and captions belong together? Look at some "
-        "pairs, then try to learn 128 of them by heart"
+    says += f", and {signs['accuracy']:.0%} find their caption"
+    advice = (
+        "Try 128 pairs by heart: if that works, look at the data, whether "
+        "pictures and captions belong together; if not, at the loss and "
+        "the learning rate"
     )
+    if signs["spread"] < 0.05:
+        return "collapse", (
+            f"{says}; all pictures have nearly the same feature (spread "
+            f"{signs['spread']:.3f}). {advice}"
+        )
+    return "knows nothing", f"{says}. {advice}"
 
 
 def _other_troubles(signs: dict, fall: float) -> dict[str, str]:
@@ -509,30 +509,28 @@ def save_run(
 
 
 def _read_run(path: Path) -> tuple[dict, dict[str, Tensor]]:
-    """The notes and the tensors of a run; ValueError if it is damaged."""
+    """The notes and the tensors of a run; ValueError if it is none."""
     try:
         with safe_open(path, "pt") as file:
-            notes = {
-                k: json.loads(v) for k, v in (file.metadata() or {}).items()
-            }
-            return notes, {k: file.get_tensor(k) for k in file.keys()}
-    except (SafetensorError, json.JSONDecodeError) as error:
+            notes = file.metadata() or {}
+            tensors = {k: file.get_tensor(k) for k in file.keys()}
+    except SafetensorError as error:
         raise ValueError(
             f"{path} is damaged ({error}); delete it to begin anew"
         ) from None
+    if not {"recipe", "history"} <= set(notes):
+        raise ValueError(f"{path} holds no run; choose another path")
+    return {k: json.loads(v) for k, v in notes.items()}, tensors
 
 
 def _check_notes(
     path: Path, notes: dict, recipe: Recipe, data: str
 ) -> None:
     """Raise ValueError unless the notes are those of this run."""
-    theirs, ours = notes.get("recipe"), asdict(recipe)
-    if not isinstance(theirs, dict) or "history" not in notes:
-        raise ValueError(f"{path} holds no run; choose another path")
-    keys = sorted(set(theirs) | set(ours))
+    theirs, ours = notes["recipe"], asdict(recipe)
     differ = [
         f"{k} {theirs.get(k)!r} and not {ours.get(k)!r}"
-        for k in keys
+        for k in sorted(set(theirs) | set(ours))
         if theirs.get(k) != ours.get(k)
     ]
     if data and notes.get("data") != data:
@@ -624,12 +622,10 @@ def _timed_step(
 
 def _progress(done: int, steps: int, quiet: bool) -> tqdm:
     """A progress bar, which stays hidden if quiet."""
-    bar = tqdm(
-        initial=done, total=steps, unit="step", mininterval=2, disable=quiet
-    )
-    if done:
-        bar.write(f"going on from step {done:,}") if not quiet else None
-    return bar
+    look = dict(unit="step", mininterval=2, disable=quiet)
+    if done and not quiet:
+        tqdm.write(f"going on from step {done:,}")
+    return tqdm(initial=done, total=steps, **look)
 
 
 def _report(bar: tqdm, history: list[dict], warmup: int) -> None:
@@ -666,8 +662,8 @@ def train(
     """Train a model in place; return the vital signs of each step.
 
     Args:
-        path: where the run is saved every save_every steps and at its
-            end; if the file exists, the run goes on from there.
+        path: where the run is saved every save_every steps and at the
+            end, and from where it goes on if the file exists.
         loss_fn: called as clip_loss is.
         watch: called after each step with the number of steps done.
         quiet: show no progress, and let the doctor be silent.
@@ -679,16 +675,14 @@ def train(
     """
     _check_before(model, data, recipe)
     optimizer, label = make_optimizer(model, recipe), _fingerprint(data)
-    batches = ConceptBatches(data.records, recipe)
-    history = []
+    batches, history = ConceptBatches(data.records, recipe), []
     if path and Path(path).exists():
         history = load_run(path, model, optimizer, recipe, label)
     parts = model, optimizer, lambda i: make_batch(i, data, batches, recipe)
     with _progress(len(history), recipe.steps, quiet) as bar:
-        for step in range(len(history), recipe.steps):
-            history.append(_timed_step(step, *parts, recipe, loss_fn))
+        for done in range(len(history) + 1, recipe.steps + 1):
+            history.append(_timed_step(done - 1, *parts, recipe, loss_fn))
             _report(bar, history, recipe.warmup)
-            done = step + 1
             if path and (done % save_every == 0 or done == recipe.steps):
                 save_run(path, model, optimizer, recipe, history, label)
             if watch:

@@ -88,10 +88,7 @@ def zeroshot_classifier(
     _check_names(names)
     _check_templates(templates)
     if model.tokenizer is None:
-        raise ValueError(
-            "the model has no tokenizer; set model.tokenizer to the one "
-            "that it was trained with"
-        )
+        raise ValueError("the model has no tokenizer; set model.tokenizer")
     mean = 0.0
     for template in templates:
         texts = [template.format(name) for name in names]
@@ -205,20 +202,13 @@ def score(similarity: Tensor, labels: Tensor) -> dict:
     B, N = similarity.shape
     own = similarity.gather(1, labels[:, None])  # (B, 1)
     rank = (similarity >= own).sum(dim=1) - 1  # 0 is the best
-    top1, top5 = ((rank < k).sum().item() for k in (1, 5))
-    low, high = wilson_interval(top1, B)
-    low5, high5 = wilson_interval(top5, B)
-    return {
-        "pictures": B,
-        "names": N,
-        "chance": 1 / N,
-        "top1": top1 / B,
-        "low": low,
-        "high": high,
-        "top5": top5 / B,
-        "low5": low5,
-        "high5": high5,
-    }
+    scores = {"pictures": B, "names": N, "chance": 1 / N}
+    for k, end in (1, ""), (5, "5"):
+        right = int((rank < k).sum())
+        low, high = wilson_interval(right, B)
+        scores |= {f"top{k}": right / B, f"low{end}": low}
+        scores[f"high{end}"] = high
+    return scores
 
 
 def emoji_names() -> dict[str, str]:
@@ -228,12 +218,8 @@ def emoji_names() -> dict[str, str]:
 
     Chapter: book/chapters/09_zeroshot.md
     """
-    records = [record for record, _ in read_emoji(["noto"])]
-    return {r["concept"]: r["split"] for r in sorted(records, key=_concept)}
-
-
-def _concept(record: dict) -> str:
-    return record["concept"]
+    found = read_emoji(["noto"])
+    return dict(sorted((r["concept"], r["split"]) for r, _ in found))
 
 
 TEST_SETS = (  # concepts, style, names to choose from
@@ -245,7 +231,9 @@ TEST_SETS = (  # concepts, style, names to choose from
     ("held-out", "unseen", "all"),
     ("any", "unseen", "all"),
 )
-SPLITS = {  # the splits that such concepts are of
+
+
+SPLITS = {
     "seen": ["train"],
     "held-out": ["test"],
     "any": ["train", "val", "test"],

@@ -161,13 +161,63 @@ def test_each_stage_has_half_the_size_and_twice_the_channels(
     assert shapes == expected
 
 
-def test_the_feature_is_the_mean_over_all_places_projected():
-    net = tower(1, 1).eval()
-    image = torch.randn(2, 3, 20, 28)
+def last_map(net: ResNet, image: torch.Tensor) -> torch.Tensor:
     x = F.conv2d(image, net.conv1.weight, stride=2, padding=1)
-    x = net.blocks(net.bn1(x).clamp(min=0))  # (2, 16, 5, 7)
-    expected = torch.einsum("bchw,ce->be", x / 35, net.proj)
+    return net.blocks(net.bn1(x).clamp(min=0))
+
+
+def cells_by_hand(x: torch.Tensor) -> torch.Tensor:
+    """The mean of each of 4 x 4 windows: floor and ceiling of quarters."""
+    H, W = x.shape[2:]
+    y = torch.zeros(*x.shape[:2], 4, 4, dtype=x.dtype)
+    for i in range(4):
+        for j in range(4):
+            rows = slice(i * H // 4, -(-(i + 1) * H // 4))
+            columns = slice(j * W // 4, -(-(j + 1) * W // 4))
+            y[..., i, j] = x[..., rows, columns].mean(dim=(2, 3))
+    return y
+
+
+@pytest.mark.parametrize(
+    "H, W", [(32, 32), (16, 48), (20, 28), (9, 7), (3, 3)]
+)
+def test_the_feature_weighs_the_mean_of_each_of_sixteen_cells(H, W):
+    """Maps of 8x8, 4x12, 5x7 (the cells overlap), 2x2 and 1x1 places."""
+    net = tower(1, 1).eval()
+    image = torch.randn(2, 3, H, W)
+    proj = net.proj.view(16, 4, 4, 5)  # channel, row, column, E
+    cells = cells_by_hand(last_map(net, image))
+    expected = torch.einsum("bchw,chwe->be", cells, proj)
     torch.testing.assert_close(net(image), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_tower_knows_where_things_are():
+    """A permutation of places across cells shows, one within does not."""
+    net = tower(1).double().eval()
+    x = torch.randn(1, 8, 16, 16, dtype=torch.double)
+    seen = {}
+    for name, y in {
+        "as it is": x,
+        "upside down": x.flip(2),
+        "mirrored": x.flip(3),
+        "transposed": x.transpose(2, 3),
+        "within cells": x.unflatten(2, (4, 4)).flip(3).flatten(2, 3),
+    }.items():
+        net.blocks = nn.Sequential(Returns(y))
+        seen[name] = net(torch.zeros(1, 3, 32, 32, dtype=torch.double))
+    right = seen.pop("as it is")
+    torch.testing.assert_close(seen.pop("within cells"), right)
+    for name, f in seen.items():
+        assert (f - right).norm() > 0.05 * right.norm(), name
+
+
+class Returns(nn.Module):
+    def __init__(self, y: torch.Tensor):
+        super().__init__()
+        self.y = y
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.y
 
 
 @settings(max_examples=30)
@@ -228,7 +278,7 @@ def test_the_number_of_parameters(layers, w, e):
             half = planes // 2
             total += 9 * half * planes - 9 * planes**2
             total += half * planes + 2 * planes
-    total += planes * e
+    total += 16 * planes * e  # sixteen cells
     assert sum(p.numel() for p in net.parameters()) == total
 
 
@@ -262,7 +312,7 @@ def test_the_names_in_a_checkpoint_never_change():
     assert list(state) == expected
     shapes = {n: tuple(t.shape) for n, t in state.items() if t.ndim > 1}
     assert shapes == {
-        "proj": (16, 5),
+        "proj": (256, 5),
         "conv1.weight": (8, 3, 3, 3),
         "blocks.0.conv1.weight": (8, 8, 3, 3),
         "blocks.0.conv2.weight": (8, 8, 3, 3),
@@ -274,10 +324,24 @@ def test_the_names_in_a_checkpoint_never_change():
     }
 
 
+def test_the_random_numbers_of_a_seed_never_change():
+    """The projection is drawn last, so a seed builds one and only tower."""
+    torch.manual_seed(3)
+    net = ResNet((2, 1), 8, 5)
+    torch.manual_seed(3)
+    assert torch.equal(
+        net.conv1.weight, nn.Conv2d(3, 8, 3, bias=False).weight
+    )
+    for inplanes, planes in (8, 8), (8, 8), (8, 16):
+        block = BasicBlock(inplanes, planes)
+    assert torch.equal(net.blocks[2].conv2.weight, block.conv2.weight)
+    assert torch.equal(net.proj, 256**-0.5 * torch.randn(256, 5))
+
+
 def test_the_starting_noise_keeps_the_size():
     torch.manual_seed(0)
     proj = ResNet((1, 1, 1), 64, 512).proj
-    assert abs(proj.std() * 256**0.5 - 1) < 0.02
+    assert abs(proj.std() * 4096**0.5 - 1) < 0.02
 
 
 # Order in memory, batches, shifts
@@ -285,7 +349,7 @@ def test_the_starting_noise_keeps_the_size():
 
 def contiguous(net: ResNet, image: torch.Tensor) -> torch.Tensor:
     x = F.relu(net.bn1(net.conv1(image)))
-    return net.blocks(x).mean(dim=(2, 3)) @ net.proj
+    return cells_by_hand(net.blocks(x)).flatten(1) @ net.proj
 
 
 def test_channels_last_computes_the_same():
@@ -319,17 +383,23 @@ def test_in_evaluation_a_picture_does_not_see_its_batch():
     assert (net.train()(image)[:3] - net(image[:3])).abs().max() > 1e-3
 
 
-def test_a_shift_by_all_the_halvings_changes_nothing():
-    """On white far from the border, where no padding is seen."""
+def test_a_shift_by_all_the_halvings_changes_nothing_within_a_cell():
+    """On white far from the border, where no padding is seen.
+
+    The pattern reaches 8 + 2 * 34 pixels; the picture of 512 has cells of
+    128, and the cell of row and column 1 begins at 128.
+    """
     net = tower(1, 1, 1).double().eval()
     torch.manual_seed(0)
-    picture = F.pad(torch.randn(1, 3, 8, 8), (80,) * 4, value=1.0).double()
+    sides = 180, 324, 180, 324  # left, right, top, bottom
+    picture = F.pad(torch.randn(1, 3, 8, 8), sides, value=1.0).double()
     f = net(picture)
     for dim in -1, -2:
         torch.testing.assert_close(
             net(picture.roll(8, dim)), f, atol=1e-10, rtol=0
         )
         assert (net(picture.roll(1, dim)) - f).abs().max() > 1e-8
+        assert (net(picture.roll(128, dim)) - f).abs().max() > 1e-6
 
 
 def test_all_parameters_learn_and_the_tower_is_deterministic():

@@ -475,7 +475,7 @@ def history(n=60, **signs):
         ({"loss": 5.3}, "knows nothing"),
         ({"loss": 5.6}, "worse than guessing"),
         ({"loss": 5.0, "spread": 0.01}, "collapse"),
-        ({"loss": 9.0, "spread": 0.01}, "collapse"),
+        ({"loss": 9.0, "spread": 0.01}, "worse than guessing"),
         ({"loss": math.nan}, "not a number"),
         ({"loss": math.inf}, "not a number"),
         ({"scale": 100.0}, "scale at its limit"),

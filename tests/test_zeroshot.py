@@ -423,7 +423,7 @@ def test_four_test_sets_take_the_right_pictures_and_names():
     rows = four_test_sets(oracle, None, exam)
     about = [(r["concepts"], r["style"], r["among"]) for r in rows]
     assert about == list(TEST_SETS)
-    assert [r["pictures"] for r in rows] == [1, 2, 1, 1, 1, 1, 5]
+    assert [r["pictures"] for r in rows] == [1, 2, 1, 1, 1, 1, 4]
     assert [r["names"] for r in rows] == [
         94 if among == "held-out" else 1651 for _, _, among in about
     ]
@@ -486,14 +486,14 @@ def test_pictures_and_names_of_the_four_sets(result):
     ]
 
 
-FLOORS = {  # top-1: far below what the model does, far above guessing
-    ("seen", "seen", "all"): 0.60,
-    ("seen", "unseen", "all"): 0.30,
-    ("held-out", "seen", "held-out"): 0.20,
-    ("held-out", "seen", "all"): 0.02,
-    ("held-out", "unseen", "held-out"): 0.20,
-    ("held-out", "unseen", "all"): 0.02,
-    ("any", "unseen", "all"): 0.30,
+FLOORS = {  # top-1: well below what the model does, well above guessing
+    ("seen", "seen", "all"): 0.70,
+    ("seen", "unseen", "all"): 0.35,
+    ("held-out", "seen", "held-out"): 0.12,
+    ("held-out", "seen", "all"): 0.01,
+    ("held-out", "unseen", "held-out"): 0.12,
+    ("held-out", "unseen", "all"): 0.01,
+    ("any", "unseen", "all"): 0.35,
 }
 
 
