@@ -657,6 +657,7 @@ def test_train_calls_watch_and_leaves_the_model_ready():
     assert calls == [1, 2, 3, 4, 5, 6] and not model.training
     plain = small_model()
     again = train(plain, DATA, RECIPE, quiet=True)
+    assert not plain.training
     assert [r["loss"] for r in again] == [r["loss"] for r in found]
     assert all(0 <= r["waiting"] <= 1 and r["seconds"] > 0 for r in found)
 
