@@ -41,10 +41,15 @@ OURS = Recipe(resolution=32, last_resolution=32)
 PLAIN = replace(OURS, mask=False)
 
 
+def ours(data):
+    """The shipped model, for pictures of 32 pixels all through."""
+    return new_model(data, image_resolution=32)
+
+
 def open_clip_model(data, vision: dict) -> torch.nn.Module:
     """open_clip's CLIP with a text tower of our size and our vocabulary."""
-    ours = new_model(data)
-    c = ours.config
+    like = ours(data)
+    c = like.config
     model = open_clip.CLIP(
         embed_dim=c.embed_dim,
         vision_cfg=vision,
@@ -57,7 +62,8 @@ def open_clip_model(data, vision: dict) -> torch.nn.Module:
         },
         quick_gelu=True,
     )
-    model.tokenizer, model.context_length = ours.tokenizer, 77
+    model.tokenizer, model.context_length = like.tokenizer, 77
+    model.config = replace(c, image_resolution=vision["image_size"])
     return model
 
 
@@ -92,7 +98,7 @@ def our_vit(data):
 
 NATIVE = {"resolution": 64, "last_resolution": 64}
 RUNS = {  # name -> (model, recipe)
-    "miniclip": (new_model, OURS),
+    "miniclip": (ours, OURS),
     "open_clip ViT, lr 5e-4": (vit, replace(PLAIN, learning_rate=5e-4)),
     "open_clip ViT, lr 2e-3": (vit, replace(PLAIN, learning_rate=2e-3)),
     "open_clip ModifiedResNet, lr 5e-4": (
@@ -103,13 +109,13 @@ RUNS = {  # name -> (model, recipe)
         modified_resnet,
         replace(PLAIN, learning_rate=2e-3, **NATIVE),
     ),
-    "without the mask": (new_model, PLAIN),
+    "without the mask": (ours, PLAIN),
     "batches of whole concepts": (
-        new_model,
+        ours,
         replace(OURS, by_concept=True),
     ),
-    "without augmentation": (new_model, replace(OURS, strength=0.0)),
-    "without keywords": (new_model, replace(OURS, keywords=0.0)),
+    "without augmentation": (ours, replace(OURS, strength=0.0)),
+    "without keywords": (ours, replace(OURS, keywords=0.0)),
     "our ViT instead of the ResNet": (our_vit, OURS),
 }
 
