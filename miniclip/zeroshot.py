@@ -1,6 +1,6 @@
 """A classifier made of words, and how far to trust its score.
 
-Written from book/chapters/09_zeroshot.md; edit that file.
+Written from book/chapters/14_zeroshot.md; edit that file.
 """
 
 import argparse
@@ -83,7 +83,7 @@ def zeroshot_classifier(
 
     Source: Radford et al. 2021, sections 3.1.2 and 3.1.4.
 
-    Chapter: book/chapters/09_zeroshot.md
+    Chapter: book/chapters/14_zeroshot.md
     """
     _check_names(names)
     _check_templates(templates)
@@ -112,7 +112,7 @@ def image_vectors(
 
     Raises: ValueError for a model in training mode, or no pictures.
 
-    Chapter: book/chapters/09_zeroshot.md
+    Chapter: book/chapters/14_zeroshot.md
     """
     if model.training:
         raise ValueError(
@@ -148,7 +148,7 @@ def wilson_interval(
 
     Source: Wilson 1927, Journal of the American Statistical Association.
 
-    Chapter: book/chapters/09_zeroshot.md
+    Chapter: book/chapters/14_zeroshot.md
     """
     if not 0 <= right <= total or total == 0:
         raise ValueError(
@@ -196,7 +196,7 @@ def score(similarity: Tensor, labels: Tensor) -> dict:
 
     Raises: ValueError for shapes or labels that do not fit, or nan.
 
-    Chapter: book/chapters/09_zeroshot.md
+    Chapter: book/chapters/14_zeroshot.md
     """
     _check_score(similarity, labels)
     B, N = similarity.shape
@@ -216,7 +216,7 @@ def emoji_names() -> dict[str, str]:
 
     They are the concepts that Noto draws: all but the flags of countries.
 
-    Chapter: book/chapters/09_zeroshot.md
+    Chapter: book/chapters/14_zeroshot.md
     """
     found = read_emoji(["noto"])
     return dict(sorted((r["concept"], r["split"]) for r, _ in found))
@@ -245,7 +245,7 @@ def emoji_exam(
 ) -> tuple[EmojiDataset, Tensor]:
     """All pictures of the four test sets, and their vectors (N, E).
 
-    Chapter: book/chapters/09_zeroshot.md
+    Chapter: book/chapters/14_zeroshot.md
     """
     data = EmojiDataset(styles, concepts=emoji_names().keys())
     return data, image_vectors(model, preprocess, data.images)
@@ -274,7 +274,7 @@ def four_test_sets(
     Returns: one dict for each line of TEST_SETS: concepts, style, among,
         and what `score` returns. "seen" in "seen" are training pictures.
 
-    Chapter: book/chapters/09_zeroshot.md
+    Chapter: book/chapters/14_zeroshot.md
     """
     data, u = exam or emoji_exam(model, preprocess)
     splits, rows = emoji_names(), []
@@ -294,7 +294,7 @@ def four_test_sets(
 def table(rows: list[dict]) -> str:
     """The result of `four_test_sets` as text.
 
-    Chapter: book/chapters/09_zeroshot.md
+    Chapter: book/chapters/14_zeroshot.md
     """
     lines = ["concepts style  pictures names chance  top-1  (95 %)   top-5"]
     for r in rows:
@@ -328,7 +328,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the four test sets of a model, and write them as JSON.
 
-    Chapter: book/chapters/09_zeroshot.md
+    Chapter: book/chapters/14_zeroshot.md
     """
     parser = _parser()
     args = parser.parse_args(argv)
