@@ -96,7 +96,7 @@ class Recipe:
     Chapter: book/chapters/08_train.md
     """
 
-    steps: int = _option(3000, 1, 1_000_000, "batches to learn from")
+    steps: int = _option(4600, 1, 1_000_000, "batches to learn from")
     concepts: int = _option(
         64, 2, 1_000_000, "a batch has as many pictures as these have"
     )
@@ -107,8 +107,8 @@ class Recipe:
     weight_decay: float = _option(0.2, 0, 1000, "of matrices, as in AdamW")
     resolution: int = _option(32, 16, 1024, "pixels, at first")
     last_resolution: int = _option(48, 16, 1024, "pixels, in the last part")
-    last_share: float = _option(0.15, 0, 1, "how much the last part is")
-    keywords: float = _option(0.3, 0, 1, "share of captions with keywords")
+    last_share: float = _option(0.4, 0, 1, "how much the last part is")
+    keywords: float = _option(0.5, 0, 1, "share of captions with keywords")
     strength: float = _option(1.0, 0, 4, "of the augmentation, at its full")
     by_concept: bool = _option(
         False, False, True, "draw whole concepts, not single pictures"
