@@ -11,7 +11,7 @@ parameters, with texts padded to 77 tokens and the plain loss (equal to its
 ClipLoss, see tests/test_loss.py); they get our pictures, captions,
 augmentation, optimizer and schedule. Each is tried with two learning rates
 for a quarter of the time, and the better one goes the full time. Each of
-our choices is then undone, one at a time, for half of the time. Scores are
+our choices is then undone, one at a time, for a quarter of it. Scores are
 on the unseen style. Rows that the output file has are not run again.
 """
 
@@ -235,7 +235,7 @@ def main() -> None:
     for name, (build, recipe) in THEIRS.items():
         tries = [
             table.row(
-                "quarter_time",
+                "learning_rates",
                 f"{name}, learning rate {rate}",
                 build,
                 replace(recipe, learning_rate=rate),
@@ -247,7 +247,7 @@ def main() -> None:
         best = replace(recipe, learning_rate=best)
         table.row("full_time", name, build, best)
     for name, (build, recipe) in ABLATIONS.items():
-        table.row("half_time", name, build, recipe, share=0.5)
+        table.row("choices", name, build, recipe, share=0.25)
 
 
 if __name__ == "__main__":
