@@ -10,10 +10,10 @@ and ModifiedResNet beside its own text tower, of about the same number of
 parameters, with texts padded to 77 tokens and the plain loss (equal to its
 ClipLoss, see tests/test_loss.py); they get our pictures, captions,
 augmentation, optimizer and schedule, and a quarter of our batch: with all
-of it they would not come to 150 steps. Each is tried with two learning rates
-for a quarter of the time, and the better one goes the full time. Each of
-our choices is then undone, one at a time, for a quarter of it. Scores are
-on the unseen style. Rows that the output file has are not run again.
+of it they would not come to 150 steps. Each is tried with two learning
+rates for a quarter of the time, and the better one goes the full time. Each
+of our choices is then undone, one at a time, for a quarter of it. Scores
+are on the unseen style. Rows that the output file has are not run again.
 """
 
 import argparse
