@@ -661,11 +661,11 @@ def test_ids_and_texts_equal_those_of_open_clip(ours, theirs, text):
 def test_ids_equal_those_of_open_clip_on_a_sample_of_the_fuzz(ours, theirs):
     from bench.fuzz_tokenizer import check, strings
 
-    texts = [*strings(3000, seed=-1)]
+    texts = [*strings(2000, seed=-1)]
+    texts.append("".join(texts[:200]))
     different, special = check(texts, ours, theirs)
     assert different == []
-    assert 0 < special < 100
-    assert max(map(len, texts)) > 500 and "" in texts
+    assert 0 < special < 60 and "" in texts
 
 
 def test_the_fuzz_sees_a_tokenizer_that_differs(theirs):
@@ -680,7 +680,7 @@ def test_the_fuzz_sees_a_tokenizer_that_differs(theirs):
 def test_the_fuzz_that_was_recorded():
     path = data_dir() / "results" / "tokenizer_fuzz.json"
     found = json.loads(path.read_text(encoding="utf-8"))
-    assert found["strings"] >= 1_000_000
+    assert found["strings"] >= 250_000
     assert found["differences"] == 0 == len(found["different"])
 
 

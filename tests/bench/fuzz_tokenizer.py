@@ -30,9 +30,10 @@ from miniclip.tokenizer import Tokenizer, clean, encode_batch
 TROUBLE = (  # endings and their odd capitals, entities, ligatures, marks
     "'s 'LL 'ſ ’Ve 'd've don't &amp;lt; &amp; &#8217; &nbsp; &#0; "
     "&#x1F600; &notit; &Eacute &#xD800; ﬁ ß ẞ İ ı Σς ΟΔΟΣ K Å ² ½ "
-    "\u0345 Ⅷ ٣ e\u0301 ﷽ ＡＢ ｶﾞ </w> <|endoftext|> <|startoftext|> <end_of_text> "
-    "<start_of_text> START # ## \\n \x1b[31m \ud83d\ude00 \ud800 "
-    "\udfff x\u200dy \ufeff \u200b \u202e ʼn ŉ ĳ ǆ “x” «y» „z‟ … — ´ `"
+    "\u0345 Ⅷ ٣ e\u0301 ﷽ ＡＢ ｶﾞ </w> <|endoftext|> <|startoftext|> "
+    "<end_of_text> <start_of_text> START # ## \\n \x1b[31m \ud83d\ude00 "
+    "\ud800 \udfff x\u200dy \ufeff \u200b \u202e ʼn ŉ ĳ ǆ “x” «y» "
+    "„z‟ … — ´ `"
 ).split(" ")
 SPACES = " \t\n\r\v\f\x1c\x1d\x1e\x1f\x85\u00a0\u2003\u2028\u2029\u3000"
 EMOJI = (
