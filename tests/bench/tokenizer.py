@@ -130,7 +130,7 @@ def share_of_equal_rows(peers: dict, texts: list[str], eot: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--captions", type=int, default=5_000)
+    parser.add_argument("--captions", type=int, default=10_000)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     torch.set_num_threads(1)
