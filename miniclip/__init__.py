@@ -12,7 +12,7 @@ from miniclip.model import (
     preprocess,
     save,
 )
-from miniclip.tokenizer import Tokenizer, train_bpe
+from miniclip.tokenizer import Tokenizer, tokenize, train_bpe
 
 __version__ = version("miniclip")
 __all__ = [
@@ -26,5 +26,6 @@ __all__ = [
     "preprocess",
     "save",
     "siglip_loss",
+    "tokenize",
     "train_bpe",
 ]

@@ -4,31 +4,39 @@ import copy
 import gc
 import gzip
 import hashlib
+import json
 import pickle
 import sys
 import weakref
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import miniclip
 from miniclip import tokenizer as module
+from miniclip.data import data_dir
 from miniclip.tokenizer import (
     BYTE_TO_CHAR,
     PATTERN,
+    START,
     Tokenizer,
     best_pair,
     bpe,
+    bpe_batch,
     bytes_to_unicode,
     clean,
     count_words,
     merge,
+    prepare,
     split,
     symbols,
     train_bpe,
+    without_overlap,
 )
 
 KOREAN = "안녕하세요 👋 (hello in Korean!)"
@@ -215,31 +223,14 @@ def test_decode_of_ids_that_are_no_text(small):
             small.decode(bad)
 
 
-def test_encode_is_the_same_with_a_cold_warm_and_full_cache(
-    small, monkeypatch
-):
-    cold = [Tokenizer(small.merges).encode(text) for text in TEXTS]
-    monkeypatch.setattr(module, "CACHED_WORDS", 3)
-    tokenizer = Tokenizer(small.merges)
-    for _ in range(2):
-        assert [tokenizer.encode(text) for text in TEXTS] == cold
-        assert len(tokenizer.cache) <= 3
-
-
-def test_what_encode_returns_can_be_changed_without_harm(small):
-    before = list(small.encode("apple"))
-    small.encode("apple").append(7)
-    assert small.encode("apple") == before
-
-
 def test_a_tokenizer_is_freed_copied_and_sent_to_workers(small):
     tokenizer = Tokenizer(small.merges)
-    tokenizer.encode("a red apple")
+    tokenizer("a red apple")
     for twin in (
         copy.deepcopy(tokenizer),
         pickle.loads(pickle.dumps(tokenizer)),
     ):
-        assert twin.encode("green heart") == small.encode("green heart")
+        assert torch.equal(twin("green heart"), small("green heart"))
     gone = weakref.ref(tokenizer)
     gc.disable()
     try:
@@ -324,6 +315,136 @@ def test_what_is_no_string_is_named(small):
         small([None])
 
 
+# Many captions at once: the fast way is the readable way
+
+
+def readably(tokenizer: Tokenizer, texts: list[str], length: int):
+    """The rows by definition, too long ones cut."""
+    rows = torch.zeros(len(texts), length, dtype=torch.int64)
+    for row, text in zip(rows, texts):
+        body = [tokenizer.sot, *tokenizer.encode(text)][: length - 1]
+        row[: len(body) + 1] = torch.tensor([*body, tokenizer.eot])
+    return rows
+
+
+@settings(max_examples=60)
+@given(st.lists(st.text() | st.text(alphabet="ab '&;<\n", max_size=40)))
+def test_rows_equal_the_readable_ones(texts):
+    for few in 0, 10**9:  # always in step, then always one by one
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "FEW", few)
+            tokenizer = Tokenizer(train_bpe(TEXTS + ["aaaa", "bab"], 60))
+            for _ in "cold", "warm":
+                rows = tokenizer(texts, 9, truncate=True)
+                assert torch.equal(rows, readably(tokenizer, texts, 9))
+
+
+@pytest.mark.parametrize("cached", [0, 1, 3, 8, 10**6])
+def test_rows_are_the_same_with_a_cold_warm_and_full_cache(
+    small, monkeypatch, cached
+):
+    monkeypatch.setattr(module, "CACHED", cached)
+    monkeypatch.setattr(module, "BLOCK", 2)
+    tokenizer = Tokenizer(small.merges)
+    for texts in TEXTS, TEXTS[::-1], [*TEXTS, "pear " * 3], TEXTS:
+        rows = tokenizer(texts)
+        assert torch.equal(rows, readably(small, texts, 77))
+        assert len(tokenizer.cache) <= cached
+
+
+def test_long_pieces_are_not_remembered(small):
+    tokenizer = Tokenizer(small.merges)
+    tokenizer(["a" * 32 + " " + "b" * 33], 99)
+    assert {len(piece) for piece in tokenizer.cache} == {5, 32}
+
+
+def test_a_word_seen_again_is_not_cut_again(small, monkeypatch):
+    tokenizer = Tokenizer(small.merges)
+    expected = tokenizer(TEXTS)
+    monkeypatch.setattr(module, "pack", None)
+    assert torch.equal(tokenizer(TEXTS[::-1]), expected.flip(0))
+    with pytest.raises(TypeError, match="not callable"):
+        tokenizer("new")
+
+
+def test_blocks_do_not_show(small, monkeypatch):
+    texts = [*TEXTS, "", *TEXTS, KOREAN]
+    whole = small(texts)
+    for block in 1, 2, 9, 10, 11:
+        monkeypatch.setattr(module, "BLOCK", block)
+        assert torch.equal(Tokenizer(small.merges)(texts), whole)
+    monkeypatch.setattr(module, "BLOCK", 2)
+    with pytest.raises(ValueError, match="caption 4 has 102 tokens"):
+        small([*TEXTS, "? " * 100])
+
+
+def test_no_text_is_taken_for_the_mark_between_texts(small):
+    for text in (
+        START,
+        f" {START} ",
+        f"a {START} b",
+        f"&amp; {START}",
+        "ＳＴＡＲＴ",
+    ):
+        assert START not in prepare(text)
+        row = small(text)
+        assert row.shape == (1, 77) and (row == small.sot).sum() == 1
+        assert torch.equal(row, readably(small, [text], 77))
+
+
+def test_no_letter_is_lowered_to_an_ascii_capital():
+    every = "".join(map(chr, range(sys.maxunicode + 1))).lower()
+    assert not set(every) & set("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
+
+
+def test_plain_text_needs_no_repair():
+    plain = [chr(i) for i in range(32, 127) if chr(i) != "&"]
+    plain += [a + b for a in plain for b in plain]
+    for text in plain:
+        assert prepare(text).split() == clean(text).split()
+
+
+@settings(max_examples=300)
+@given(st.text(alphabet=st.characters(min_codepoint=9, max_codepoint=126)))
+def test_prepared_text_is_cleaned_text(text):
+    assert prepare(text).split() == clean(text).split()
+
+
+@settings(max_examples=200)
+@given(
+    st.lists(st.text(alphabet="ab", min_size=1), max_size=6),
+    st.lists(st.sampled_from("ab"), min_size=1, max_size=9),
+)
+def test_words_cut_in_step_equal_words_cut_alone(words, joined):
+    trained = train_bpe(["".join(joined) * 3, "aaaaaaa", *words], 30)
+    t = Tokenizer(trained)
+    ids, n = bpe_batch(words, t.table, t.vocab_size)
+    cuts = [bpe(word, t.ranks) for word in words]
+    assert n.tolist() == [len(cut) for cut in cuts]
+    assert ids.tolist() == [t.encoder[p] for cut in cuts for p in cut]
+
+
+def test_a_very_long_word_takes_no_longer_in_step():
+    from time import perf_counter
+
+    t = Tokenizer(train_bpe(["a" * 4, "abab"], 10))
+    start = perf_counter()
+    ids, n = bpe_batch(["a" * 300_000 + "b"], t.table, t.vocab_size)
+    assert perf_counter() - start < 20
+    assert n.tolist() == [len(ids)] and len(ids) < 160_000
+
+
+def test_without_overlap():
+    for hits, kept in {
+        (): [],
+        (0,): [0],
+        (3, 4): [3],
+        (0, 1, 2, 5, 8, 9): [0, 2, 5, 8],
+        (1, 2, 3, 4, 6, 7, 8): [1, 3, 6, 8],
+    }.items():
+        assert without_overlap(np.array(hits, np.int64)).tolist() == kept
+
+
 # Merges given
 
 
@@ -369,11 +490,7 @@ def test_the_layout_of_the_ids():
     assert all(tokenizer.encoder[t] == i for i, t in table.items())
 
 
-# CLIP's own vocabulary, as it comes with open_clip
-
-VOCABULARY = (
-    "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
-)
+# CLIP's own vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -383,28 +500,62 @@ def theirs():
 
 
 @pytest.fixture(scope="module")
-def ours(theirs) -> Tokenizer:
-    from open_clip.tokenizer import default_bpe
-
-    packed = Path(default_bpe()).read_bytes()
-    assert hashlib.sha256(packed).hexdigest() == VOCABULARY
-    lines = gzip.decompress(packed).decode().split("\n")
-    merges = lines[1 : 49152 - 256 - 2 + 1]  # as openai/CLIP reads it
-    return Tokenizer([tuple(line.split()) for line in merges])
+def ours() -> Tokenizer:
+    return Tokenizer.openai()
 
 
-def test_clip_has_49408_ids_and_ours_are_the_same(ours, theirs):
-    assert ours.vocab_size == theirs.vocab_size == 49408
+def test_clip_has_49408_ids(ours):
+    assert ours.vocab_size == 49408
     assert (ours.sot, ours.eot) == (49406, 49407)
     assert len(ours.merges) == 48894
+    assert ["".join(pair) for pair in ours.merges[:5]] == [
+        "in",
+        "th",
+        "an",
+        "re",
+        "ar",
+    ]
+    table = {0: "!", 256: "!</w>", 512: "in", 49405: "jekyll</w>"}
+    assert {i: ours.decoder[i] for i in table} == table
+
+
+def test_ours_are_those_of_open_clip(ours, theirs):
+    assert theirs.vocab_size == 49408
     for i in range(49406):  # the names of the two specials differ
         assert ours.decoder[i] == theirs.decoder[i]
-    assert ours.decoder[0] == "!" and ours.decoder[49405] == "jekyll</w>"
+
+
+def test_the_file_of_merges_is_the_one_in_open_clip():
+    reference = pytest.importorskip("open_clip.tokenizer")
+    packed = (data_dir() / "vocabulary" / module.MERGES).read_bytes()
+    assert packed == Path(reference.default_bpe()).read_bytes()
+    assert hashlib.sha256(packed).hexdigest() == (
+        "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
+    )
+
+
+def test_a_missing_or_altered_file_of_merges_is_refused(
+    tmp_path, monkeypatch
+):
+    good = (data_dir() / "vocabulary" / module.MERGES).read_bytes()
+    monkeypatch.setattr(module, "data_dir", lambda: tmp_path)
+    with pytest.raises(FileNotFoundError, match="is missing; get it back"):
+        Tokenizer.openai()
+    (tmp_path / "vocabulary").mkdir()
+    path = tmp_path / "vocabulary" / module.MERGES
+    for bad in good[:-1], b"", gzip.compress(gzip.decompress(good)[:-9]):
+        path.write_bytes(bad)
+        with pytest.raises(ValueError, match="was altered: its sha256 is"):
+            Tokenizer.openai()
+    path.write_bytes(good)
+    assert Tokenizer.openai().vocab_size == 49408
 
 
 GOLDEN = {  # from OpenAI's own code and vocabulary
     "Hello World!": "3306 1002 256",
     "a diagram": "320 22697",
+    "a dog": "320 1929",
+    "a cat": "320 2368",
     "a photo of a cat": "320 1125 539 320 2368",
     "a photo of a dog.": "320 1125 539 320 1929 269",
     "This is a photo of a snake": "589 533 320 1125 539 320 8798",
@@ -423,17 +574,59 @@ GOLDEN = {  # from OpenAI's own code and vocabulary
     "itap of a tench.": "529 2728 539 320 1149 634 269",
     "#hashtag @user": "258 9238 287 7031",
     "http://x.co": "15066 12441 343 269 1320",
+    "#hashtag @user http://x.co": "258 9238 287 7031 15066 12441 343 "
+    "269 1320",
     "antidisestablishmentarianism": "3120 4262 7726 12658 1585 44351",
 }
 
 
 @pytest.mark.parametrize("text", GOLDEN)
 def test_golden_ids(ours, text):
-    assert ours.encode(text) == [int(i) for i in GOLDEN[text].split()]
+    ids = [int(i) for i in GOLDEN[text].split()]
+    assert ours.encode(text) == ids
+    row = miniclip.tokenize(text)[0].tolist()
+    assert row == [49406, *ids, 49407] + [0] * (75 - len(ids))
 
 
 def test_golden_text(ours):
     assert ours.decode(ours.encode("Hello World!")) == "hello world ! "
+
+
+def test_tokenize_has_the_meaning_of_openai_clip():
+    texts = ["a diagram", "a dog", "a cat"]
+    ids = miniclip.tokenize(texts)
+    assert ids.shape == (3, 77) and ids.dtype == torch.int64
+    assert ids[0, :5].tolist() == [49406, 320, 22697, 49407, 0]
+    assert torch.equal(miniclip.tokenize("a dog"), ids[1:2])
+    short = miniclip.tokenize(texts, context_length=5)
+    assert torch.equal(short, ids[:, :5])
+    with pytest.raises(ValueError, match="caption 1 has 102 .* reads 77"):
+        miniclip.tokenize(["a", "a " * 100])
+    cut = miniclip.tokenize("a " * 100, truncate=True)[0].tolist()
+    assert cut == [49406, *[320] * 75, 49407]
+    with pytest.raises(TypeError, match="caption 0 is no str but int"):
+        miniclip.tokenize([1])
+    again = module.openai_tokenizer()
+    assert again is module.openai_tokenizer()  # read once
+
+
+def test_rows_of_clip_are_the_readable_ones(ours):
+    texts = [*GOLDEN, KOREAN, *WHOLE_FILE.splitlines()]
+    for length in 77, 7:
+        rows = ours(texts, length, truncate=True)
+        assert torch.equal(rows, readably(ours, texts, length))
+
+
+def test_every_word_of_the_vocabulary_cut_in_step(ours):
+    words = [ours.decode([i]).split() for i in range(512, 49406)]
+    words = [word[0] for word in words if word and "\ufffd" not in word[0]]
+    ids, n = bpe_batch(words, ours.table, ours.vocab_size)
+    ends = n.cumsum()
+    rng = np.random.default_rng(0)
+    for i in rng.choice(len(words), 1500, replace=False):
+        cut = bpe(words[i], ours.ranks)
+        row = ids[ends[i] - n[i] : ends[i]].tolist()
+        assert row == [ours.encoder[part] for part in cut]
 
 
 # Pieces that make trouble: endings and their odd capitals (ſ folds to s),
@@ -461,7 +654,58 @@ def test_ids_and_texts_equal_those_of_open_clip(ours, theirs, text):
         return
     ids = theirs.encode(text)
     assert ours.encode(text) == ids
+    assert ours(text, len(ids) + 2)[0, 1:-1].tolist() == ids
     assert ours.decode(ids) == theirs.decode(ids)
+
+
+def test_ids_equal_those_of_open_clip_on_a_sample_of_the_fuzz(ours, theirs):
+    from bench.fuzz_tokenizer import check, strings
+
+    texts = [*strings(2000, seed=-1)]
+    texts.append("".join(texts[:200]))
+    different, special = check(texts, ours, theirs)
+    assert different == []
+    assert 0 < special < 60 and "" in texts
+
+
+def test_the_fuzz_sees_a_tokenizer_that_differs(theirs):
+    from bench.fuzz_tokenizer import check, strings
+
+    merges = Tokenizer.openai().merges
+    merges[9], merges[10] = merges[10], merges[9]
+    different, _ = check([*strings(300, 1)], Tokenizer(merges), theirs)
+    assert different
+
+
+def test_the_fuzz_that_was_recorded():
+    path = data_dir() / "results" / "tokenizer_fuzz.json"
+    found = json.loads(path.read_text(encoding="utf-8"))
+    assert found["strings"] >= 250_000
+    assert found["differences"] == 0 == len(found["different"])
+
+
+def test_the_speeds_that_were_recorded():
+    path = data_dir() / "results" / "tokenizer.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    least = {"ASCII, cold": 3, "ASCII, warm": 12, "mixed, warm": 3.5}
+    for name, ratio in least.items():
+        row = rows[name]
+        assert row["miniclip"] >= ratio * row["open_clip"], name
+
+
+def test_hugging_face_agrees_where_there_is_nothing_to_repair(ours):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.CLIPTokenizer(
+        vocab=ours.encoder, merges=ours.merges
+    )
+    for text in GOLDEN:
+        found = theirs(text)["input_ids"][1:-1] == ours.encode(text)
+        repaired = "“" in text or "ﬁ" in text or "&" in text
+        assert found != repaired, text
+    assert theirs("ﬁne dining")["input_ids"][1:-1] == [
+        *(171, 105, 223, 1422, 8658)
+    ]
+    assert theirs("<|endoftext|>")["input_ids"] == [49406, 49407, 49407]
 
 
 def test_where_we_differ_from_both(ours, theirs):
