@@ -69,11 +69,17 @@ def lay_out_docstring(app: Sphinx, *args) -> None:
     text = "\n".join(lines)
     text = re.sub(r"book/(chapters/\w+)\.md", r":doc:`/\1`", text)
     lines[:] = re.sub(
-        r"^(Returns|Yields|Raises|Source): (.+(?:\n +.+)*)",
-        lambda found: f"**{found[1]}:** {' '.join(found[2].split())}",
+        r"^(Returns|Yields|Raises|Source|Attributes): (.+(?:\n +.+)*)",
+        lambda found: f"\n**{found[1]}:** {' '.join(found[2].split())}\n",
         text,
         flags=re.M,
     ).splitlines()
+
+
+def skip_aliases(app: Sphinx, kind, name, member, skip, _) -> bool | None:
+    """Leave out the fields of a NamedTuple, which say only a number."""
+    doc = getattr(member, "__doc__", None) or ""
+    return doc.startswith("Alias for field number") or None
 
 
 def drop_thebe(app: Sphinx, page: str, _, context: dict, __) -> None:
@@ -110,6 +116,7 @@ def setup(app: Sphinx) -> dict:
     app.connect("builder-inited", use_stored_outputs)
     app.connect("doctree-read", add_badges)
     app.connect("autodoc-process-docstring", lay_out_docstring, priority=1)
+    app.connect("autodoc-skip-member", skip_aliases)
     app.connect("html-page-context", drop_thebe, priority=900)
     app.connect("build-finished", offer_notebooks)
     return {"parallel_read_safe": True}
