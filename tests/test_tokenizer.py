@@ -671,10 +671,9 @@ def test_ids_equal_those_of_open_clip_on_a_sample_of_the_fuzz(ours, theirs):
 def test_the_fuzz_sees_a_tokenizer_that_differs(theirs):
     from bench.fuzz_tokenizer import check, strings
 
-    merges = Tokenizer.openai().merges
-    merges[9], merges[10] = merges[10], merges[9]
-    different, _ = check([*strings(300, 1)], Tokenizer(merges), theirs)
-    assert different
+    few = Tokenizer(Tokenizer.openai().merges[:1000])
+    different, _ = check([*strings(50, 1)], few, theirs)
+    assert len(different) > 5
 
 
 def test_the_fuzz_that_was_recorded():
