@@ -445,7 +445,7 @@ def open_clips(net: ModifiedResNet, layers, **changes) -> nn.Module:
         layers,
         s["embed_dim"],
         s["heads"],
-        s["image_resolution"],
+        s["side"],
         s["width"],
     ).double()
     twin.load_state_dict(net.state_dict(), strict=True)
