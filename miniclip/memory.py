@@ -516,7 +516,7 @@ class Precision:
 
 
 def check_master_weights(optimizer: torch.optim.Optimizer) -> None:
-    """Raise ValueError, with the reason, if weights to be trained are half.
+    """Raise ValueError, with the reason, if weights are half precision.
 
     Chapter: book/chapters/09_memory.md
     """
