@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from torchvision.transforms import v2
 
 from miniclip.data import data_dir
 from miniclip.resnet import ResNet
-from miniclip.text import TextTransformer
+from miniclip.text import ACTIVATIONS, TextTransformer
 from miniclip.tokenizer import Tokenizer
 from miniclip.vit import VisionTransformer
 
@@ -31,9 +31,10 @@ from miniclip.vit import VisionTransformer
 class CLIPConfig:
     """The ten numbers that make a CLIP, named as in openai/CLIP.
 
-    An int as vision_layers builds a VisionTransformer with a head for
-    every 64 of vision_width; a tuple builds a ResNet with so many blocks
-    in each stage, and vision_patch_size is None.
+    And one name, of the activation in the Transformers' blocks, which is
+    "quick_gelu" or "gelu". An int as vision_layers builds a VisionTransformer
+    with a head for every 64 of vision_width; a tuple builds a ResNet with
+    so many blocks in each stage, and vision_patch_size is None.
 
     Raises: ValueError for numbers that nothing can be built from.
 
@@ -50,6 +51,7 @@ class CLIPConfig:
     transformer_width: int
     transformer_heads: int
     transformer_layers: int
+    activation: str = "quick_gelu"
 
     def __post_init__(self):
         if isinstance(self.vision_layers, list):  # as JSON has it
@@ -63,7 +65,9 @@ def _check_config(config: CLIPConfig) -> None:
     """Raise ValueError unless a CLIP can be built from config."""
     is_resnet = isinstance(config.vision_layers, tuple)
     for name, value in asdict(config).items():
-        if name == "vision_patch_size" and is_resnet:
+        if name == "activation":
+            ok, expected = value in ACTIVATIONS, f"one of {[*ACTIVATIONS]}"
+        elif name == "vision_patch_size" and is_resnet:
             ok, expected = value is None, "None: a ResNet has no patches"
         else:
             numbers = value if isinstance(value, tuple) else [value]
@@ -90,6 +94,7 @@ def _image_tower(config: CLIPConfig) -> nn.Module:
         layers,
         width // 64,
         config.embed_dim,
+        config.activation,
     )
 
 
@@ -110,7 +115,7 @@ class CLIP(TextTransformer):
         c = config
         width, heads = c.transformer_width, c.transformer_heads
         sizes = c.embed_dim, c.context_length, c.vocab_size, width, heads
-        super().__init__(*sizes, c.transformer_layers)
+        super().__init__(*sizes, c.transformer_layers, c.activation)
         self.config = config
         self.visual = _image_tower(config)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
@@ -240,10 +245,16 @@ def _replacing(paths: list[Path]) -> Iterator[list[Path]]:
             part.unlink(missing_ok=True)
 
 
+def _described(config: CLIPConfig) -> dict:
+    """The fields that count; one at its default is left out."""
+    values = ((f, getattr(config, f.name)) for f in fields(config))
+    return {f.name: value for f, value in values if value != f.default}
+
+
 def _fingerprint(config: CLIPConfig, tokenizer: Tokenizer | None) -> str:
     """A hash of what stands beside the weights."""
     merges = None if tokenizer is None else tokenizer.merges
-    content = json.dumps([asdict(config), merges])
+    content = json.dumps([_described(config), merges])
     return hashlib.sha256(content.encode()).hexdigest()
 
 
@@ -340,12 +351,14 @@ def _read_json(path: Path):
 def _read_config(path: Path) -> CLIPConfig:
     """The configuration in a config.json; ValueError says what is wrong."""
     content = _read_json(path)
-    known = {field.name for field in fields(CLIPConfig)}
+    known = {field.name: field.default for field in fields(CLIPConfig)}
+    needed = {name for name in known if known[name] is MISSING}
     found = set(content) if isinstance(content, dict) else set()
-    if found != known:
+    if not needed <= found <= set(known):
         raise ValueError(
-            f"{path} has unknown fields {sorted(found - known)} and lacks "
-            f"{sorted(known - found)}; it must hold those of CLIPConfig"
+            f"{path} has unknown fields {sorted(found - set(known))} and "
+            f"lacks {sorted(needed - found)}; it must hold those of "
+            "CLIPConfig"
         )
     try:
         return CLIPConfig(**content)

@@ -57,6 +57,21 @@ class QuickGELU(nn.Module):
         return x * torch.sigmoid(1.702 * x)
 
 
+ACTIVATIONS = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
+
+
+def make_activation(name: str) -> nn.Module:
+    """The bend of a tower, from its name in ACTIVATIONS (else ValueError).
+
+    Chapter: book/chapters/03_text.md
+    """
+    if name not in ACTIVATIONS:
+        raise ValueError(
+            f"activation is {name!r}, expected one of {[*ACTIVATIONS]}"
+        )
+    return ACTIVATIONS[name]()
+
+
 class ResidualAttentionBlock(nn.Module):
     """Attention, then an MLP, each added to the stream (B, L, D).
 
@@ -66,7 +81,13 @@ class ResidualAttentionBlock(nn.Module):
     Chapter: book/chapters/03_text.md
     """
 
-    def __init__(self, width: int, heads: int, is_causal: bool = False):
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        is_causal: bool = False,
+        activation: str = "quick_gelu",
+    ):
         super().__init__()
         self.is_causal = is_causal
         self.attn = Attention(width, heads)
@@ -74,7 +95,7 @@ class ResidualAttentionBlock(nn.Module):
         self.mlp = nn.Sequential(
             OrderedDict(
                 c_fc=nn.Linear(width, 4 * width),
-                gelu=QuickGELU(),
+                gelu=make_activation(activation),
                 c_proj=nn.Linear(4 * width, width),
             )
         )
@@ -93,15 +114,18 @@ class Transformer(nn.Module):
     """
 
     def __init__(
-        self, width: int, layers: int, heads: int, is_causal: bool = False
+        self,
+        width: int,
+        layers: int,
+        heads: int,
+        is_causal: bool = False,
+        activation: str = "quick_gelu",
     ):
         super().__init__()
         self.width, self.layers = width, layers
+        sizes = width, heads, is_causal, activation
         self.resblocks = nn.Sequential(
-            *[
-                ResidualAttentionBlock(width, heads, is_causal)
-                for _ in range(layers)
-            ]
+            *[ResidualAttentionBlock(*sizes) for _ in range(layers)]
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -173,6 +197,7 @@ class TextTransformer(nn.Module):
         width: int,
         heads: int,
         layers: int,
+        activation: str = "quick_gelu",
     ):
         super().__init__()
         self.context_length, self.vocab_size = context_length, vocab_size
@@ -180,7 +205,9 @@ class TextTransformer(nn.Module):
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         place = 0.01 * torch.randn(context_length, width)
         self.positional_embedding = nn.Parameter(place)
-        self.transformer = Transformer(width, layers, heads, is_causal=True)
+        self.transformer = Transformer(
+            width, layers, heads, is_causal=True, activation=activation
+        )
         init_blocks(self.transformer)
         self.ln_final = nn.LayerNorm(width)
         projection = width**-0.5 * torch.randn(width, embed_dim)

@@ -58,6 +58,7 @@ class VisionTransformer(nn.Module):
         layers: int,
         heads: int,
         embed_dim: int,
+        activation: str = "quick_gelu",
     ):
         super().__init__()
         check_grid(image_resolution, patch_size)
@@ -68,7 +69,9 @@ class VisionTransformer(nn.Module):
         self.class_embedding = nn.Parameter(std * torch.randn(width))
         self.positional_embedding = nn.Parameter(place)
         self.ln_pre = nn.LayerNorm(width)
-        self.transformer = Transformer(width, layers, heads)
+        self.transformer = Transformer(
+            width, layers, heads, activation=activation
+        )
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(std * torch.randn(width, embed_dim))
 
