@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torchvision import transforms as v1
 
 from miniclip import model as module
