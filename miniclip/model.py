@@ -31,10 +31,10 @@ from miniclip.vit import VisionTransformer
 class CLIPConfig:
     """The ten numbers that make a CLIP, named as in openai/CLIP.
 
-    And one name, of the activation in the Transformers' blocks, which is
-    "quick_gelu" or "gelu". An int as vision_layers builds a VisionTransformer
-    with a head for every 64 of vision_width; a tuple builds a ResNet with
-    so many blocks in each stage, and vision_patch_size is None.
+    And one name, of the activation in the Transformers' blocks. An int as
+    vision_layers builds a VisionTransformer with a head for every 64 of
+    vision_width; a tuple builds a ResNet with so many blocks in each
+    stage, and vision_patch_size is None.
 
     Raises: ValueError for numbers that nothing can be built from.
 

@@ -89,7 +89,7 @@ def _called(name: str, args: tuple):
         return _View(*args[:4])
     if name == "collections OrderedDict" and not args:
         return {}
-    if name.startswith("torch.jit._pickle build_"):  # a typed list
+    if name.startswith("torch.jit._pickle "):  # says a list's type
         return args[0]
     raise ValueError(f"it asks to call {name!r}, as no weights need")
 
@@ -155,7 +155,7 @@ def _step(op: str, arg, stack: list, memo: dict) -> None:
 
 
 def read_pickle(data: bytes):
-    """What the pickle of a TorchScript archive describes, without running it.
+    """What the pickle of a TorchScript archive describes; it is not run.
 
     Objects become records with `kind` and `fields`, tensors become views.
 
@@ -433,7 +433,7 @@ _EXTRAS = re.compile(  # constants that some programs keep as tensors
 
 
 def _clean(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict without what other programs leave in it, in float32."""
+    """The state dict in float32, without what other programs leave."""
     if all(name.startswith("module.") for name in state):
         state = {name[7:]: tensor for name, tensor in state.items()}
     out = {}
@@ -913,7 +913,7 @@ def _check_etag(path: Path, etag: str) -> None:
         os.remove(os.path.realpath(path))
         path.unlink(missing_ok=True)
         raise ValueError(
-            f"{path.name} arrived with hash {found[len(etag)].hexdigest()}, "
+            f"{path.name} has hash {found[len(etag)].hexdigest()}, "
             f"announced was {etag}; it was deleted: try again"
         )
 
@@ -965,7 +965,7 @@ def fetch(
 
 
 def _explain(error: Exception, repo: str, file: str, revision: str) -> None:
-    """Raise what a failed download means; None for a file that is not there.
+    """Raise what a failed download means; None if there is no such file.
 
     By name, since the classes moved between versions of the hub's library.
     """
@@ -981,9 +981,9 @@ def _explain(error: Exception, repo: str, file: str, revision: str) -> None:
         ) from error
     raise ConnectionError(
         f"{file} of {repo} is not in the cache, and the hub cannot be "
-        f"reached ({type(error).__name__}: {error}); connect to the network "
-        "(and unset HF_HUB_OFFLINE), or copy the model to a folder and "
-        "pass its path"
+        f"reached ({type(error).__name__}: {error}); connect to the "
+        "network (and unset HF_HUB_OFFLINE), or copy the model to a folder "
+        "and pass its path"
     ) from error
 
 
