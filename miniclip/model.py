@@ -9,7 +9,8 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,22 +20,24 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as TF
 
-from miniclip.data import data_dir
-from miniclip.resnet import ResNet
+from miniclip.data import MAX_PIXELS, data_dir
+from miniclip.resnet import ModifiedResNet, ResNet, check_modified
 from miniclip.text import ACTIVATIONS, TextTransformer
 from miniclip.tokenizer import Tokenizer
-from miniclip.vit import VisionTransformer
+from miniclip.vit import VisionTransformer, resize_positions
 
 
 @dataclass(frozen=True)
 class CLIPConfig:
-    """The ten numbers that make a CLIP, named as in openai/CLIP.
+    """The ten numbers that make a CLIP, named as in openai/CLIP, and one.
 
-    And one name, of the activation in the Transformers' blocks. An int as
-    vision_layers builds a VisionTransformer with a head for every 64 of
-    vision_width; a tuple builds a ResNet with so many blocks in each
-    stage, and vision_patch_size is None.
+    An int as vision_layers builds a VisionTransformer; its vision_heads
+    are one for every 64 of vision_width, if None. A tuple builds a ResNet
+    with so many blocks in each stage, and vision_patch_size is None: with
+    vision_heads for its attention pool the paper's ModifiedResNet, without
+    the small ResNet. The activation is that of the Transformers' blocks.
 
     Raises: ValueError for numbers that nothing can be built from.
 
@@ -51,6 +54,7 @@ class CLIPConfig:
     transformer_width: int
     transformer_heads: int
     transformer_layers: int
+    vision_heads: int | None = None
     activation: str = "quick_gelu"
 
     def __post_init__(self):
@@ -69,33 +73,43 @@ def _check_config(config: CLIPConfig) -> None:
             ok, expected = value in ACTIVATIONS, f"one of {[*ACTIVATIONS]}"
         elif name == "vision_patch_size" and is_resnet:
             ok, expected = value is None, "None: a ResNet has no patches"
+        elif name == "vision_heads" and value is None:
+            continue
         else:
             numbers = value if isinstance(value, tuple) else [value]
             ok = numbers and all(type(n) is int and n > 0 for n in numbers)
             expected = "a positive whole number"
         if not ok:
             raise ValueError(f"{name} is {value!r}, expected {expected}")
-    if not is_resnet and config.vision_width % 64:
+    _check_heads(config)
+
+
+def _check_heads(config: CLIPConfig) -> None:
+    """Raise ValueError unless the image tower's heads divide its width."""
+    layers, width = config.vision_layers, config.vision_width
+    heads = config.vision_heads
+    if isinstance(layers, tuple):
+        if heads is not None:
+            check_modified(layers, heads, config.image_resolution, width)
+    elif width % (heads or 64):
+        share = f"{heads} heads" if heads else "64: each head takes 64"
         raise ValueError(
-            f"vision_width is {config.vision_width}, expected a multiple "
-            "of 64: each head of the VisionTransformer takes 64"
+            f"vision_width is {width}, expected a multiple of {share}"
         )
 
 
 def _image_tower(config: CLIPConfig) -> nn.Module:
     """The module that turns (B, 3, H, W) pictures into (B, E) features."""
     layers, width = config.vision_layers, config.vision_width
-    if isinstance(layers, tuple):
-        return ResNet(layers, width, config.embed_dim)
-    return VisionTransformer(
-        config.image_resolution,
-        config.vision_patch_size,
-        width,
-        layers,
-        width // 64,
-        config.embed_dim,
-        config.activation,
-    )
+    embed_dim, side = config.embed_dim, config.image_resolution
+    heads, act = config.vision_heads, config.activation
+    if not isinstance(layers, tuple):
+        p, heads = config.vision_patch_size, heads or width // 64
+        sizes = side, p, width, layers, heads, embed_dim
+        return VisionTransformer(*sizes, act)
+    if heads is None:
+        return ResNet(layers, width, embed_dim)
+    return ModifiedResNet(layers, embed_dim, heads, side, width)
 
 
 class CLIP(TextTransformer):
@@ -157,18 +171,35 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)  # red, green, blue
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 
+def _paper(embed_dim, side, layers, width, patch, text_width) -> CLIPConfig:
+    """A configuration of the paper: 12 layers of text, heads of 64."""
+    is_resnet = isinstance(layers, tuple)
+    heads = 32 * width // 64 if is_resnet else None
+    text = 77, 49408, text_width, text_width // 64, 12
+    return CLIPConfig(embed_dim, side, layers, width, patch, *text, heads)
+
+
 CONFIGS = {
-    "ViT-B/32": CLIPConfig(512, 224, 12, 768, 32, 77, 49408, 512, 8, 12),
-    "ViT-B/16": CLIPConfig(512, 224, 12, 768, 16, 77, 49408, 512, 8, 12),
-    "ViT-L/14": CLIPConfig(768, 224, 24, 1024, 14, 77, 49408, 768, 12, 12),
-    "ViT-L/14@336px": CLIPConfig(
-        768, 336, 24, 1024, 14, 77, 49408, 768, 12, 12
-    ),
+    "RN50": _paper(1024, 224, (3, 4, 6, 3), 64, None, 512),
+    "RN101": _paper(512, 224, (3, 4, 23, 3), 64, None, 512),
+    "RN50x4": _paper(640, 288, (4, 6, 10, 6), 80, None, 640),
+    "RN50x16": _paper(768, 384, (6, 8, 18, 8), 96, None, 768),
+    "RN50x64": _paper(1024, 448, (3, 15, 36, 10), 128, None, 1024),
+    "ViT-B/32": _paper(512, 224, 12, 768, 32, 512),
+    "ViT-B/16": _paper(512, 224, 12, 768, 16, 512),
+    "ViT-L/14": _paper(768, 224, 24, 1024, 14, 768),
+    "ViT-L/14@336px": _paper(768, 336, 24, 1024, 14, 768),
 }
 
 
 def _pil_to_rgb(picture: Image.Image) -> Image.Image:
     """A PIL picture in RGB, its transparent parts white."""
+    width, height = picture.size  # known before a pixel is decoded
+    if width * height > MAX_PIXELS:
+        raise ValueError(
+            f"a picture has {width:,} x {height:,} pixels, more than "
+            f"{MAX_PIXELS:,}, and could fill the memory; make it smaller"
+        )
     if picture.mode.startswith(("I", "F")):
         raise ValueError(
             f"a picture of mode {picture.mode} has more than 8 bits a "
@@ -184,7 +215,8 @@ def _pil_to_rgb(picture: Image.Image) -> Image.Image:
 def to_rgb(picture: Image.Image | Tensor) -> Image.Image | Tensor:
     """A PIL picture or bytes (..., 3, H, W) in RGB, transparency on white.
 
-    Raises: TypeError for anything else, ValueError for other channels.
+    Raises: TypeError for anything else; ValueError for other channels,
+        for more than 8 bits, and for more than MAX_PIXELS pixels.
 
     Chapter: book/chapters/07_model.md
     """
@@ -202,6 +234,30 @@ def to_rgb(picture: Image.Image | Tensor) -> Image.Image | Tensor:
     return picture
 
 
+def _check_growth(height: int, width: int, side: int) -> None:
+    """Raise ValueError if resizing would fill the memory."""
+    longer = side * max(height, width) // min(height, width)
+    if side * longer > MAX_PIXELS:
+        raise ValueError(
+            f"a picture of {width:,} x {height:,} pixels, resized to a "
+            f"shorter side of {side}, has a longer one of {longer:,}, and "
+            "could fill the memory; cut out the part that matters first"
+        )
+
+
+def _resize(picture: Image.Image | Tensor, side: int):
+    """Make the shorter side `side` pixels long, bicubic, as PIL does it."""
+    H, W = TF.get_size(picture)
+    _check_growth(H, W, side)
+    if min(H, W) == side:
+        return picture
+    if not isinstance(picture, Tensor):
+        return TF.resize(picture, side, v2.InterpolationMode.BICUBIC)
+    many = [TF.to_pil_image(x) for x in picture.reshape(-1, 3, H, W).cpu()]
+    many = [TF.pil_to_tensor(_resize(x, side)) for x in many]
+    return torch.stack(many).view(*picture.shape[:-2], *many[0].shape[1:])
+
+
 def _to_float(picture: Tensor) -> Tensor:
     """Bytes -> floats from 0 to 1."""
     return picture.float() / 255
@@ -213,6 +269,8 @@ def preprocess(image_resolution: int) -> v2.Compose:
     It takes a PIL picture, or bytes (3, H, W) or (B, 3, H, W), and gives
     float32 of the same shape with H = W = image_resolution.
 
+    Raises: TypeError and ValueError as `to_rgb`, and ValueError for a
+        picture so narrow that resizing would fill the memory.
     Source: `_transform` of openai/CLIP; RGB first, transparency on white.
 
     Chapter: book/chapters/07_model.md
@@ -220,7 +278,7 @@ def preprocess(image_resolution: int) -> v2.Compose:
     return v2.Compose(
         [
             to_rgb,
-            v2.Resize(image_resolution, v2.InterpolationMode.BICUBIC),
+            partial(_resize, side=image_resolution),
             v2.CenterCrop(image_resolution),
             v2.ToImage(),
             _to_float,
@@ -276,7 +334,10 @@ def _state(model: CLIP, half: bool) -> dict[str, Tensor]:
 
 def _texts(model: CLIP) -> dict[str, str]:
     """The content of config.json, and of merges.json if there is one."""
-    texts = {"config.json": json.dumps(asdict(model.config), indent=1)}
+    config = model.config
+    content = _described(config) | {"activation": config.activation}
+    content = json.dumps(content, indent=1)
+    texts = {"config.json": content}
     if model.tokenizer is not None:
         found, wanted = model.tokenizer.vocab_size, model.config.vocab_size
         if found != wanted:
@@ -438,3 +499,28 @@ def load(
         )
     model.tokenizer = tokenizer
     return model.to(device).eval(), preprocess(config.image_resolution)
+
+
+def resize(model: CLIP, image_resolution: int) -> CLIP:
+    """A copy of model that reads pictures of another size.
+
+    Its positions are interpolated, all other weights are the same; it
+    wants `preprocess(image_resolution)`, and some training to be good.
+
+    Raises: ValueError for a size that patches or halvings do not divide.
+    Source: Radford et al. 2021, section 2.5; open_clip's resize_pos_embed.
+
+    Chapter: book/chapters/07_model.md
+    """
+    config = replace(model.config, image_resolution=image_resolution)
+    with torch.device("meta"):
+        other = CLIP(config)
+    shapes = {n: t.shape for n, t in other.state_dict().items()}
+    state = {n: t.clone() for n, t in model.state_dict().items()}
+    for name, tensor in state.items():
+        if tensor.shape != shapes[name]:  # the table of positions
+            grid = math.isqrt(shapes[name][0] - 1)
+            state[name] = resize_positions(tensor, grid)
+    other.load_state_dict(state, assign=True)
+    other.tokenizer = model.tokenizer
+    return other.train(model.training)

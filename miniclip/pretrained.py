@@ -287,9 +287,16 @@ def _image_numbers(state: dict[str, Tensor]) -> dict:
 
 def _resnet_numbers(state: dict[str, Tensor]) -> dict:
     """The same for CLIP's modified ResNets."""
-    raise ValueError(
-        "these are weights of a modified ResNet, which cannot be built yet"
-    )
+    stages = [f"visual.layer{i}." for i in (1, 2, 3, 4)]
+    width = len(state["visual.layer1.0.conv1.weight"])
+    places = len(state["visual.attnpool.positional_embedding"])
+    return {
+        "image_resolution": 32 * _square(places),
+        "vision_layers": tuple(_count(state, stage) for stage in stages),
+        "vision_width": width,
+        "vision_patch_size": None,
+        "vision_heads": 32 * width // 64,
+    }
 
 
 def infer_config(state: dict[str, Tensor], activation: str) -> CLIPConfig:
@@ -505,23 +512,25 @@ def _open_clip_config(content: dict) -> CLIPConfig:
     vision, text = c["vision_cfg"], c["text_cfg"]
     top = "embed_dim quick_gelu vision_cfg text_cfg"
     _refuse_others(c, {"custom_text": False}, top, "model_cfg")
-    same = {"head_width": 64, "mlp_ratio": 4.0}
-    known = "image_size layers width patch_size"
-    _refuse_others(vision, same, known, "vision_cfg")
+    known = "image_size layers width patch_size head_width"
+    _refuse_others(vision, {"mlp_ratio": 4.0}, known, "vision_cfg")
     known = "context_length vocab_size width heads layers hf_tokenizer_name"
     _refuse_others(text, {"mlp_ratio": 4.0}, known, "text_cfg")
-    layers = vision["layers"]
+    layers, width = vision["layers"], vision["width"]
+    is_vit = isinstance(layers, int)
+    heads = width * (1 if is_vit else 32) // vision.get("head_width", 64)
     return CLIPConfig(
         c["embed_dim"],
         vision["image_size"],
         layers,
-        vision["width"],
-        vision.get("patch_size") if isinstance(layers, int) else None,
+        width,
+        vision.get("patch_size") if is_vit else None,
         text["context_length"],
         text["vocab_size"],
         text["width"],
         text["heads"],
         text["layers"],
+        None if is_vit and heads == width // 64 else heads,
         activation="quick_gelu" if c.get("quick_gelu") else "gelu",
     )
 
@@ -555,10 +564,6 @@ def _check_hugging_face(vision: dict, text: dict) -> None:
     last, act = text["vocab_size"] - 1, text["hidden_act"]
     expected = {
         "vision hidden_act": (vision["hidden_act"], act),
-        "vision num_attention_heads": (
-            vision["num_attention_heads"],
-            vision["hidden_size"] // 64,
-        ),
         "num_channels": (vision["num_channels"], 3),
     }
     for name, part in ("vision", vision), ("text", text):
@@ -585,7 +590,7 @@ def _hugging_face_config(content: dict) -> CLIPConfig:
     vision = _VISION | (content.get("vision_config") or {})
     text = _TEXT | (content.get("text_config") or {})
     _check_hugging_face(vision, text)
-    acts = {"quick_gelu": "quick_gelu", "gelu": "gelu"}
+    heads = vision["num_attention_heads"]
     return CLIPConfig(
         content.get("projection_dim", 512),
         vision["image_size"],
@@ -597,7 +602,8 @@ def _hugging_face_config(content: dict) -> CLIPConfig:
         text["hidden_size"],
         text["num_attention_heads"],
         text["num_hidden_layers"],
-        activation=acts.get(text["hidden_act"], text["hidden_act"]),
+        None if heads == vision["hidden_size"] // 64 else heads,
+        activation=text["hidden_act"],
     )
 
 
@@ -779,6 +785,9 @@ def export_open_clip(model: CLIP, folder: str | Path) -> None:
     _check_known(c, "open_clip", resnets=True)
     vision = {"image_size": c.image_resolution, "layers": c.vision_layers}
     vision |= {"width": c.vision_width, "patch_size": c.vision_patch_size}
+    if c.vision_heads is not None:
+        whole = c.vision_width * (32 if c.vision_patch_size is None else 1)
+        vision |= {"head_width": whole // c.vision_heads}
     text = {"context_length": c.context_length, "vocab_size": c.vocab_size}
     text |= {"width": c.transformer_width, "heads": c.transformer_heads}
     text |= {"layers": c.transformer_layers}
@@ -798,7 +807,10 @@ def export_open_clip(model: CLIP, folder: str | Path) -> None:
 
 def _check_known(config: CLIPConfig, who: str, resnets: bool) -> None:
     """Raise ValueError for an image tower that others do not have."""
-    if isinstance(config.vision_layers, tuple):
+    is_small = config.vision_heads is None  # the ResNet of this package
+    if isinstance(config.vision_layers, tuple) and (
+        is_small or not resnets
+    ):
         raise ValueError(
             f"the image tower is a ResNet {config.vision_layers}, which "
             f"{who} does not have; export a model with a ViT"
@@ -813,9 +825,9 @@ def _write_json(path: Path, content: dict) -> None:
 
 def _hugging_face_configs(c: CLIPConfig) -> tuple[dict, dict]:
     """The vision_config and the text_config of a model."""
-    towers = []
+    towers, of_image = [], c.vision_heads or c.vision_width // 64
     for size, layers, heads in (
-        (c.vision_width, c.vision_layers, c.vision_width // 64),
+        (c.vision_width, c.vision_layers, of_image),
         (c.transformer_width, c.transformer_layers, c.transformer_heads),
     ):
         tower = {"hidden_size": size, "intermediate_size": 4 * size}

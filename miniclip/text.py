@@ -215,12 +215,16 @@ class TextTransformer(nn.Module):
 
     def encode_text(self, ids: Tensor) -> Tensor:
         """(B, L) ids, ends marked by the highest -> (B, E), any length."""
-        check_ids(ids, self.context_length, self.vocab_size)
+        tracing = torch.compiler.is_compiling()  # a graph, no values yet
+        if not tracing:
+            check_ids(ids, self.context_length, self.vocab_size)
         end = ids.argmax(dim=-1)  # (B,), the first end-of-text token
-        ids = ids[:, : int(end.max()) + 1]  # cut to the longest caption
+        if not tracing:  # cut to the longest caption
+            ids = ids[:, : int(end.max()) + 1]
         place = self.positional_embedding[: ids.shape[1]]  # (L, D)
         x = self.transformer(self.token_embedding(ids) + place)
-        x = self.ln_final(x[torch.arange(len(x), device=x.device), end])
+        rows = torch.arange(x.shape[0], device=x.device)
+        x = self.ln_final(x[rows, end])
         return x @ self.text_projection
 
     forward = encode_text

@@ -3,7 +3,10 @@
 Written from book/chapters/04_vit.md; edit that file.
 """
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from miniclip.text import Transformer
@@ -79,7 +82,34 @@ class VisionTransformer(nn.Module):
         """(B, 3, H, W) floats, preprocessed -> (B, E), not normalised."""
         check_image(image, self.image_resolution)
         x = self.conv1(image).flatten(2).transpose(1, 2)  # (B, L - 1, D)
-        first = self.class_embedding.expand(len(x), 1, -1)
+        first = self.class_embedding.expand(x.shape[0], 1, -1)
         x = torch.cat([first, x], dim=1) + self.positional_embedding
         x = self.transformer(self.ln_pre(x))  # (B, L, D)
         return self.ln_post(x[:, 0]) @ self.proj
+
+
+def resize_positions(table: Tensor, grid: int) -> Tensor:
+    """Positions (1 + g * g, D) of one grid -> (1 + grid * grid, D).
+
+    The first row, which belongs to no place, stays; the others are
+    resized like a picture of g by g pixels, bicubic with antialiasing.
+
+    Raises: ValueError if the places make no square.
+    Source: resize_pos_embed of open_clip, to which it is equal.
+
+    Chapter: book/chapters/04_vit.md
+    """
+    first, places = table[:1], table[1:]
+    g = math.isqrt(len(places))
+    if g < 1 or g * g != len(places):
+        raise ValueError(
+            f"a table of {len(table)} positions, expected 1 + g * g for a "
+            "grid of g by g places"
+        )
+    if g == grid:
+        return table
+    picture = places.float().T.reshape(1, -1, g, g)  # (1, D, g, g)
+    picture = F.interpolate(
+        picture, (grid, grid), mode="bicubic", antialias=True
+    )
+    return torch.cat([first, picture[0].flatten(1).T.to(table.dtype)])

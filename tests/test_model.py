@@ -1,5 +1,7 @@
 """Tests of chapter 07_model: CLIP, its sizes, pictures and files."""
 
+import hashlib
+import io
 import json
 import math
 import os
@@ -8,19 +10,29 @@ import struct
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from bench import parity
+from bench.parity import (
+    compare,
+    name_in_open_clip,
+    open_clip_twin,
+    random_model,
+)
+from PIL import Image, ImageOps
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torchvision import transforms as v1
 
 from miniclip import model as module
+from miniclip.data import data_dir, decode
 from miniclip.loss import clip_loss
 from miniclip.model import (
     CLIP,
@@ -31,12 +43,16 @@ from miniclip.model import (
     available_models,
     load,
     preprocess,
+    resize,
     save,
     to_rgb,
 )
 from miniclip.tokenizer import Tokenizer, train_bpe
 
 VIT = CLIPConfig(32, 32, 2, 128, 8, 16, 600, 64, 2, 2)
+MODIFIED = CLIPConfig(
+    24, 64, (1, 2, 1, 1), 8, None, 16, 600, 64, 2, 2, vision_heads=4
+)
 TEXTS = ["red apple", "green apple", "a dog face", "rocket", "dog"]
 
 
@@ -75,40 +91,95 @@ def batch(config: CLIPConfig, n: int = 4):
 # --- sizes
 
 
-@pytest.mark.parametrize(
-    "name, total, visual, tensors",
-    [
-        ("ViT-B/32", 151_277_313, 87_849_216, 302),
-        ("ViT-B/16", 149_620_737, 86_192_640, 302),
-        ("ViT-L/14", 427_616_513, 303_966_208, 446),
-        ("ViT-L/14@336px", 427_944_193, 304_293_888, 446),
-    ],
-)
-def test_parameters_of_openai_models(name, total, visual, tensors):
+PAPER = {  # total, image tower, text tower and scale, parameters, keys
+    "RN50": (102_007_137, 38_316_896, 63_690_241, 324, 489),
+    "RN101": (119_688_033, 56_259_936, 63_428_097, 477, 795),
+    "RN50x4": (178_300_601, 87_137_080, 91_163_521, 414, 669),
+    "RN50x16": (290_979_217, 167_328_912, 123_650_305, 540, 921),
+    "RN50x64": (623_258_305, 420_380_352, 202_877_953, 756, 1353),
+    "ViT-B/32": (151_277_313, 87_849_216, 63_428_097, 302, 302),
+    "ViT-B/16": (149_620_737, 86_192_640, 63_428_097, 302, 302),
+    "ViT-L/14": (427_616_513, 303_966_208, 123_650_305, 446, 446),
+    "ViT-L/14@336px": (427_944_193, 304_293_888, 123_650_305, 446, 446),
+}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_parameters_of_openai_models(name):
     with torch.device("meta"):
         model = CLIP(CONFIGS[name])
-    assert sum(p.numel() for p in model.parameters()) == total
-    assert sum(p.numel() for p in model.visual.parameters()) == visual
-    assert len(model.state_dict()) == tensors
+    total, visual, text, tensors, keys = PAPER[name]
+    counts = {n: p.numel() for n, p in model.named_parameters()}
+    image = sum(n for name, n in counts.items() if "visual." in name)
+    assert sum(counts.values()) == total and image == visual
+    assert total - visual == text
+    assert len(counts) == tensors and len(model.state_dict()) == keys
 
 
-def test_configs_are_the_four_of_the_paper():
-    assert list(CONFIGS) == [
-        "ViT-B/32",
-        "ViT-B/16",
-        "ViT-L/14",
-        "ViT-L/14@336px",
+def test_configs_are_the_nine_of_the_paper():
+    assert list(CONFIGS) == list(PAPER)
+    table = [  # tables 19 and 20: embed, side, width, text width and heads
+        (1024, 224, 2048, 512, 8),
+        (512, 224, 2048, 512, 8),
+        (640, 288, 2560, 640, 10),
+        (768, 384, 3072, 768, 12),
+        (1024, 448, 4096, 1024, 16),
+        (512, 224, 768, 512, 8),
+        (512, 224, 768, 512, 8),
+        (768, 224, 1024, 768, 12),
+        (768, 336, 1024, 768, 12),
     ]
-    heads = {n: c.transformer_heads for n, c in CONFIGS.items()}
-    assert list(heads.values()) == [8, 8, 12, 12]
-    assert CONFIGS["ViT-B/32"].vision_patch_size == 32
-    assert {c.context_length for c in CONFIGS.values()} == {77}
-    layers = [b for b in make().visual.transformer.resblocks]
+    for c, (embed, side, width, text, heads) in zip(
+        CONFIGS.values(), table
+    ):
+        is_resnet = isinstance(c.vision_layers, tuple)
+        assert c.embed_dim == embed and c.image_resolution == side
+        assert c.vision_width * (32 if is_resnet else 1) == width
+        assert c.transformer_width == text and c.transformer_heads == heads
+        assert c.transformer_layers == 12 and c.vocab_size == 49408
+        assert c.context_length == 77
+    patches = [c.vision_patch_size for c in CONFIGS.values()]
+    assert patches == [None] * 5 + [32, 16, 14, 14]
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_configs_are_those_of_open_clip(name):
+    """Heads and patches too, from its own files."""
+    theirs = open_clip.get_model_config(name_in_open_clip(name))
+    c, vision = CONFIGS[name], theirs["vision_cfg"]
+    layers = vision["layers"]
+    layers = tuple(layers) if isinstance(layers, list) else layers
+    assert theirs["quick_gelu"] and theirs["embed_dim"] == c.embed_dim
+    assert (c.image_resolution, c.vision_layers, c.vision_width) == (
+        vision["image_size"],
+        layers,
+        vision["width"],
+    )
+    assert c.vision_patch_size == vision.get("patch_size")
+    with torch.device("meta"):
+        ours = CLIP(c).visual
+        twin = open_clip.model.CLIP(
+            c.embed_dim, vision, theirs["text_cfg"], quick_gelu=True
+        ).visual
+    if isinstance(layers, tuple):
+        assert ours.attnpool.heads == twin.attnpool.num_heads
+    else:
+        block = twin.transformer.resblocks[0]
+        ours = ours.transformer.resblocks[0].attn.heads
+        assert ours == block.attn.num_heads
+
+
+def test_heads_of_the_image_tower():
+    layers = make().visual.transformer.resblocks
     assert layers[0].attn.heads == 2  # one for every 64 of the width
+    layers = make(replace(VIT, vision_heads=4)).visual.transformer.resblocks
+    assert layers[0].attn.heads == 4
+    assert make(MODIFIED).visual.attnpool.heads == 4
 
 
-def test_tuple_builds_a_resnet_and_int_a_vit():
+def test_layers_and_heads_say_which_tower_is_built():
     assert type(make(small_resnet()).visual).__name__ == "ResNet"
+    assert type(make(MODIFIED).visual).__name__ == "ModifiedResNet"
     assert type(make().visual).__name__ == "VisionTransformer"
 
 
@@ -124,6 +195,9 @@ def test_tuple_builds_a_resnet_and_int_a_vit():
         ({"vision_patch_size": None}, "vision_patch_size is None"),
         ({"vision_layers": (1, 1)}, "a ResNet has no patches"),
         ({"vision_width": 100}, "multiple of 64"),
+        ({"vision_heads": 0}, "vision_heads is 0"),
+        ({"vision_heads": True}, "vision_heads is True"),
+        ({"vision_heads": 3}, "is 128, expected a multiple of 3"),
     ],
 )
 def test_impossible_config_names_the_field(change, words):
@@ -131,8 +205,24 @@ def test_impossible_config_names_the_field(change, words):
         replace(VIT, **change)
 
 
-def test_config_from_json_equals_the_original():
-    config = small_resnet()
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"vision_layers": (1, 1, 1)}, "four stages"),
+        ({"vision_heads": 7}, "7 heads"),
+        ({"vision_width": 9, "vision_heads": 3}, "even"),
+        ({"image_resolution": 48}, "48 is not a multiple of 32"),
+        ({"vision_patch_size": 8}, "a ResNet has no patches"),
+    ],
+)
+def test_impossible_modified_resnet(change, words):
+    with pytest.raises(ValueError, match=words):
+        replace(MODIFIED, **change)
+
+
+@pytest.mark.parametrize("which", ["small", "modified"])
+def test_config_from_json_equals_the_original(which):
+    config = small_resnet() if which == "small" else MODIFIED
     again = CLIPConfig(**json.loads(json.dumps(asdict(config))))
     assert again == config and hash(again) == hash(config)
 
@@ -140,23 +230,72 @@ def test_config_from_json_equals_the_original():
 # --- the function
 
 
-def open_clip_twin(config: CLIPConfig):
-    from open_clip.model import CLIP as OpenCLIP
+def reduced(name: str) -> tuple[CLIPConfig, dict, dict]:
+    """Full width, a block for each stage, little pictures and texts."""
+    c = CONFIGS[name]
+    layers = (1, 1, 1, 1) if isinstance(c.vision_layers, tuple) else 1
+    side = 2 * (c.vision_patch_size or 32)
+    small = replace(
+        c,
+        image_resolution=side,
+        vision_layers=layers,
+        context_length=9,
+        vocab_size=600,
+        transformer_layers=1,
+    )
+    vision = dict(image_size=side, layers=layers, width=c.vision_width)
+    vision["patch_size"] = c.vision_patch_size
+    text = dict(context_length=9, vocab_size=600, layers=1)
+    text |= dict(width=c.transformer_width, heads=c.transformer_heads)
+    return small, vision, text
 
-    vision = dict(
-        image_size=config.image_resolution,
-        patch_size=config.vision_patch_size,
-        width=config.vision_width,
-        layers=config.vision_layers,
-    )
-    text = dict(
-        context_length=config.context_length,
-        vocab_size=config.vocab_size,
-        width=config.transformer_width,
-        heads=config.transformer_heads,
-        layers=config.transformer_layers,
-    )
-    return OpenCLIP(config.embed_dim, vision, text, quick_gelu=True).eval()
+
+@pytest.mark.parametrize("name", PAPER)
+def test_parity_with_open_clip_in_full_width(name):
+    """Features, logits and every gradient; see tests/bench/parity.py."""
+    config, vision, text = reduced(name)
+    model = random_model(config)
+    row = compare(model, "open_clip", 3, vision=vision, text=text)
+    gaps = {k: v for k, v in row.items() if not k.startswith("gradients_")}
+    assert max(gaps.values()) < 1e-5, gaps
+    assert row["gradients_compared"] == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("name", [n for n in PAPER if "ViT" in n])
+def test_parity_with_transformers_in_full_width(name):
+    pytest.importorskip("transformers")
+    model = random_model(reduced(name)[0])
+    row = compare(model, "transformers", 3)
+    gaps = {k: v for k, v in row.items() if not k.startswith("gradients_")}
+    assert max(gaps.values()) < 1e-5, gaps
+
+
+def test_parity_can_fail():
+    """A difference of one in ten thousand in one weight is seen."""
+    config, vision, text = reduced("RN50")
+    model = random_model(config)
+
+    def slightly_off(model, **changes):
+        twin = open_clip_twin(model, **changes)
+        proj = twin.visual.attnpool.c_proj
+        proj.bias = torch.nn.Parameter(proj.bias * 1.0001)
+        return twin
+
+    with mock.patch.object(parity, "open_clip_twin", slightly_off):
+        row = compare(model, "open_clip", 3, vision=vision, text=text)
+    assert row["image_features"] > 1e-5
+
+
+def test_recorded_parity():
+    """What data/results/parity.json says of the full sizes."""
+    path = data_dir() / "results" / "parity.json"
+    rows = json.loads(path.read_text())["rows"]
+    assert {r["model"] for r in rows} <= set(PAPER) and len(rows) > 6
+    for row in rows:
+        assert row["parameters"] == PAPER[row["model"]][0]
+        for what in "image_features", "text_features", "logits":
+            assert row[what] < 1e-5
+        assert row["gradients"] < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -164,10 +303,9 @@ def open_clip_twin(config: CLIPConfig):
 )
 def test_forward_and_every_gradient_equal_open_clip(dtype, tolerance):
     model = make().to(dtype)
-    theirs = open_clip_twin(VIT).to(dtype)
     with torch.no_grad():
         model.logit_scale.fill_(3.0)  # not what a fresh model has
-    theirs.load_state_dict(model.state_dict(), strict=True)
+    theirs = twin_of(model).to(dtype)
     image, ids = batch(VIT)
     image = image.to(dtype)
     u, v, scale = theirs(image, ids)
@@ -187,9 +325,20 @@ def test_forward_and_every_gradient_equal_open_clip(dtype, tolerance):
         torch.testing.assert_close(p.grad, expected, **close, msg=name)
 
 
-def test_state_dict_of_open_clip_loads_into_ours():
-    model = make()
-    result = model.load_state_dict(open_clip_twin(VIT).state_dict())
+def twin_of(model: CLIP):
+    c = model.config
+    vision = dict(image_size=c.image_resolution, layers=c.vision_layers)
+    vision |= dict(width=c.vision_width, patch_size=c.vision_patch_size)
+    text = dict(context_length=c.context_length, vocab_size=c.vocab_size)
+    text |= dict(width=c.transformer_width, layers=c.transformer_layers)
+    text |= dict(heads=c.transformer_heads)
+    return open_clip_twin(model, vision=vision, text=text)
+
+
+@pytest.mark.parametrize("config", ["vit", "modified"])
+def test_state_dict_of_open_clip_loads_into_ours(config):
+    model = make(VIT if config == "vit" else MODIFIED)
+    result = model.load_state_dict(twin_of(model).state_dict())
     assert not result.missing_keys and not result.unexpected_keys
 
 
@@ -228,11 +377,16 @@ def test_features_are_not_normalised():
         torch.testing.assert_close(b, 2 * a)
 
 
-@pytest.mark.parametrize("config", ["vit", "resnet"])
+def of_kind(kind: str) -> CLIPConfig:
+    return {"vit": VIT, "modified": MODIFIED}.get(kind) or small_resnet()
+
+
+@pytest.mark.parametrize("config", ["vit", "resnet", "modified"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_models_take_float32_pictures(config, dtype):
-    config = VIT if config == "vit" else small_resnet()
-    model = make(config)
+def test_half_models_take_float32_pictures(config, dtype, tmp_path):
+    save(make(of_kind(config)), tmp_path)
+    model, _ = load(tmp_path)
+    config = model.config
     image, ids = batch(config)
     with torch.no_grad():
         full = model.encode_image(image), model.encode_text(ids)
@@ -244,6 +398,115 @@ def test_half_models_take_float32_pictures(config, dtype):
     for a, b in zip(full, half):
         assert b.dtype == dtype
         assert (a - b.float()).norm() / a.norm() < limit
+
+
+class Text(torch.nn.Module):
+    """The text tower as a module of its own, as export wants it."""
+
+    def __init__(self, model: CLIP):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids):
+        return self.model.encode_text(ids)
+
+
+KINDS = ["vit", "resnet", "modified"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compile_makes_one_graph_of_each_tower(kind):
+    """Backend "eager": the graph is torch's, the kernels are the same."""
+    torch._dynamo.reset()
+    model = make(of_kind(kind))
+    image, ids = batch(model.config)
+    options = dict(backend="eager", fullgraph=True)
+    with torch.no_grad():
+        for tower, x in (model.visual, image), (Text(model), ids):
+            found = torch.compile(tower, **options)(x)
+            torch.testing.assert_close(found, tower(x))
+    compiled = torch.compile(model, **options)
+    torch.testing.assert_close(compiled(image, ids), model(image, ids))
+    grads = []
+    for clip in model, compiled:
+        model.zero_grad()
+        clip(image, ids)[0].diagonal().sum().backward()
+        grads.append([p.grad for p in model.parameters()])
+    largest = max(g.abs().max().item() for g in grads[0])
+    for a, b in zip(*grads):
+        assert parity.gradient_gap(b, a, largest) < 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_export_writes_each_tower_for_any_batch(kind, tmp_path):
+    model = make(of_kind(kind))
+    image, ids = batch(model.config)
+    any_batch = ({0: torch.export.Dim("B", max=1000)},)
+    for tower, x in (model.visual, image), (Text(model), ids):
+        program = torch.export.export(tower, (x,), dynamic_shapes=any_batch)
+        torch.export.save(program, tmp_path / "tower.pt2")
+        again = torch.export.load(tmp_path / "tower.pt2").module()
+        for n in 4, 3, 7:
+            y = torch.cat([x, x])[:n]
+            torch.testing.assert_close(
+                again(y), tower(y), atol=1e-5, rtol=1e-5
+            )
+
+
+@pytest.mark.parametrize("kind", ["vit", "modified"])
+@pytest.mark.parametrize("side", [32, 96, 160])
+def test_other_resolutions_are_open_clips(kind, side):
+    """Its resize_pos_embed knows the ViT; for the pool we call it so."""
+    model = make(of_kind(kind))
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    larger = resize(model, side)
+    path = "" if kind == "vit" else "attnpool."
+    name = f"visual.{path}positional_embedding"
+    cells = side // (8 if kind == "vit" else 32)
+    state = {"visual.positional_embedding": before[name]}
+    stub = SimpleNamespace(visual=SimpleNamespace(grid_size=cells))
+    open_clip.model.resize_pos_embed(state, stub)
+    expected = state["visual.positional_embedding"]
+    found = larger.state_dict()
+    torch.testing.assert_close(found[name], expected, atol=1e-6, rtol=0)
+    for other, tensor in before.items():
+        assert torch.equal(model.state_dict()[other], tensor), other
+        if other != name:
+            assert torch.equal(found[other], tensor), other
+    assert larger.config == replace(model.config, image_resolution=side)
+    image, ids = batch(larger.config)
+    per_image, _ = larger(image, ids)
+    twin = twin_of(larger)
+    with torch.no_grad():
+        u, v, scale = twin(image, ids)
+    torch.testing.assert_close(
+        per_image, scale * u @ v.T, atol=1e-4, rtol=1e-4
+    )
+    per_image.sum().backward()
+    assert model.logit_scale.grad is None  # nothing is shared
+
+
+def test_resize_keeps_mode_tokenizer_and_the_small_resnet():
+    model = with_tokenizer().train()
+    larger = resize(model, 48)
+    assert larger.training and larger.tokenizer is model.tokenizer
+    assert_same(resize(larger, 32), model)
+    image, ids = batch(larger.config)
+    assert larger(image, ids)[0].shape == (4, 4)
+    assert not resize(make(), 64).training
+    with pytest.raises(ValueError, match="not a multiple of patch_size"):
+        resize(make(), 33)
+    with pytest.raises(ValueError, match="not a multiple of 32"):
+        resize(make(MODIFIED), 80)
+
+
+def test_resized_model_can_be_saved_and_loaded(tmp_path):
+    larger = resize(make(MODIFIED).half(), 96)
+    assert larger.visual.attnpool.positional_embedding.dtype == torch.half
+    save(larger, tmp_path)
+    again, prepare = load(tmp_path)
+    assert_same(again, larger.float())
+    assert prepare(noise(50, 70)).shape == (3, 96, 96)
 
 
 def test_wrong_pictures_say_what_to_do():
@@ -291,24 +554,117 @@ def openai_transform(n_px: int):
     )
 
 
-@pytest.mark.parametrize("size", [(90, 61), (61, 90), (20, 33), (48, 48)])
-@pytest.mark.parametrize("mode", ["RGB", "L"])
+def equals_peers(picture, side=48, same_as=None) -> bool:
+    """Ours, against OpenAI's and open_clip's, which must agree."""
+    other = picture if same_as is None else same_as
+    ours, theirs = preprocess(side)(picture), openai_transform(side)(other)
+    assert ours.shape == (3, side, side) and ours.dtype == torch.float32
+    assert type(ours) is torch.Tensor
+    peer = open_clip.image_transform(side, is_train=False)
+    assert torch.equal(peer(other), theirs)
+    return torch.equal(ours, theirs)
+
+
+SHAPES = [(90, 61), (61, 90), (20, 33), (48, 48), (49, 47), (1, 61), (7, 1)]
+
+
+@pytest.mark.parametrize("size", SHAPES)
+@pytest.mark.parametrize("mode", ["RGB", "L", "opaque RGBA"])
 def test_preprocess_is_openais_bit_for_bit(size, mode):
-    picture = noise(*size, mode)
-    ours, theirs = preprocess(48)(picture), openai_transform(48)(picture)
-    assert ours.shape == (3, 48, 48) and ours.dtype == torch.float32
-    assert type(ours) is torch.Tensor and torch.equal(ours, theirs)
+    picture = noise(*size, mode.split()[-1])
+    assert equals_peers(picture) and equals_peers(picture, 31)
 
 
-def test_preprocess_of_bytes_is_that_of_pictures():
+def test_preprocess_of_a_large_picture_is_openais():
+    large = noise(90, 61).resize((4501, 3001), Image.Resampling.NEAREST)
+    assert equals_peers(large, 224)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "1", "CMYK"])
+def test_where_preprocess_is_rgb_first_on_purpose(mode):
+    """OpenAI's resizes first; on white and in RGB, the two are one."""
+    picture = noise(90, 61, mode)
+    if mode[-1] == "A":
+        picture.putalpha(noise(61, 90, "L").resize((90, 61)))
+    if mode != "CMYK":  # there it is a matter of rounding
+        assert not equals_peers(picture)
+    assert equals_peers(picture, same_as=to_rgb(picture))
+    if mode[-1] == "A":
+        white = Image.new("RGBA", picture.size, "white")
+        laid = Image.alpha_composite(white, picture.convert("RGBA"))
+        assert equals_peers(picture, same_as=laid.convert("RGB"))
+    else:
+        assert equals_peers(picture, same_as=picture.convert("RGB"))
+
+
+def as_file(picture: Image.Image, format: str = "PNG", **options) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, format, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_files_of_turned_photographs(turn):
+    """decode heeds the note; an opened picture is read as OpenAI's does."""
+    picture, note = noise(90, 61), Image.Exif()
+    note[0x0112] = turn
+    file = as_file(picture, exif=note)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(file)))
+    assert upright.size == ((90, 61) if turn < 5 else (61, 90))
+    assert equals_peers(decode(file), same_as=upright.convert("RGB"))
+    assert equals_peers(Image.open(io.BytesIO(file)))
+
+
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_files_of_16_bits_are_those_of_8(format):
+    grey = noise(90, 61, "L")
+    deep = np.asarray(grey).astype(np.uint16) * 257
+    file = as_file(Image.fromarray(deep), format)
+    assert equals_peers(decode(file), same_as=grey)
+
+
+def test_bytes_get_the_pixels_of_pictures_alone_and_in_a_batch():
     picture = noise(90, 61)
     pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
     ours = preprocess(48)(pixels)
-    # torchvision may round a byte otherwise than PIL: one level, no more
-    difference = (ours - preprocess(48)(picture)).abs().amax(dim=(1, 2))
-    assert (difference <= 1.01 / 255 / torch.tensor(STD)).all()
-    two = preprocess(48)(torch.stack([pixels, pixels]))
-    assert torch.equal(two[0], ours) and torch.equal(two[1], ours)
+    assert torch.equal(ours, preprocess(48)(picture))
+    other = pixels.flip(-1)
+    two = preprocess(48)(torch.stack([pixels, other]))
+    assert torch.equal(two[0], ours)
+    assert torch.equal(two[1], preprocess(48)(other))
+    five = preprocess(61)(pixels.expand(2, 5, 3, 61, 90))  # only cropped
+    assert five.shape == (2, 5, 3, 61, 61)
+    six = preprocess(24)(pixels.expand(2, 3, 3, 61, 90))
+    assert torch.equal(six[1, 2], preprocess(24)(picture))
+
+
+def test_preprocess_travels_to_the_workers_of_a_loader():
+    again = pickle.loads(pickle.dumps(preprocess(8)))
+    picture = noise(9, 20)
+    assert torch.equal(again(picture), preprocess(8)(picture))
+
+
+def test_bombs_are_refused_before_they_are_decoded():
+    giant = Image.new("1", (8193, 8192))
+    file = io.BytesIO(as_file(giant))
+    with pytest.raises(ValueError, match="8,193 x 8,192.*67,108,864"):
+        preprocess(8)(Image.open(file))
+    decoded = mock.patch.object(
+        Image.Image, "convert", side_effect=AssertionError("decoded")
+    )
+    with decoded, pytest.raises(ValueError, match="make it smaller"):
+        preprocess(8)(Image.open(file))
+
+
+def test_narrow_pictures_are_refused_before_they_are_resized():
+    for size, words in ((1, 5000), "1 x 5,000"), ((5000, 1), "5,000 x 1 "):
+        picture = Image.new("RGB", size)
+        with pytest.raises(ValueError, match=f"{words}.*of 1,120,000"):
+            preprocess(224)(picture)
+        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+        with pytest.raises(ValueError, match=words):
+            preprocess(224)(pixels)
+        assert preprocess(32)(picture).shape == (3, 32, 32)
 
 
 def test_preprocess_normalises_with_clips_numbers():
@@ -365,9 +721,11 @@ def assert_same(a: CLIP, b: CLIP) -> None:
         assert torch.equal(tensor, theirs[name]), name
 
 
-@pytest.mark.parametrize("config", ["vit", "resnet"])
+@pytest.mark.parametrize("config", ["vit", "resnet", "modified"])
 def test_round_trip_is_bit_exact(tmp_path, config):
-    model = make(VIT) if config == "vit" else with_tokenizer()
+    model = (
+        make(of_kind(config)) if config != "resnet" else with_tokenizer()
+    )
     if config == "resnet":  # move the running statistics
         model.train()(*batch(model.config))
         model.eval()
@@ -377,7 +735,8 @@ def test_round_trip_is_bit_exact(tmp_path, config):
     image, ids = batch(model.config)
     with torch.no_grad():
         assert torch.equal(model(image, ids)[0], again(image, ids)[0])
-    assert prepare(noise(50, 70)).shape == (3, 32, 32)
+    side = model.config.image_resolution
+    assert prepare(noise(50, 70)).shape == (3, side, side)
     assert all(p.requires_grad and p.is_leaf for p in again.parameters())
     again.train()(image, ids)[0].sum().backward()  # and it can be trained
 
@@ -725,6 +1084,35 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path, file):
 def test_no_pickle_in_the_module():
     source = open(module.__file__, encoding="utf-8").read()
     assert "pickle" not in source and "torch.load" not in source
+
+
+def test_a_config_without_the_new_field_still_loads(tmp_path):
+    """Files from before vision_heads have ten fields and a hash of them."""
+    model = with_tokenizer()
+    save(model, tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert "vision_heads" not in stored
+    merges = [list(pair) for pair in model.tokenizer.merges]
+    old = hashlib.sha256(json.dumps([stored, merges]).encode()).hexdigest()
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"fingerprint": old}
+    assert load(tmp_path)[0].config.vision_heads is None
+
+
+def test_the_shipped_checkpoint_is_a_small_resnet():
+    model, _ = load("emoji")
+    assert type(model.visual).__name__ == "ResNet"
+
+
+def test_heads_are_stored_and_guarded(tmp_path):
+    save(make(MODIFIED), tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert stored["vision_heads"] == 4
+    assert load(tmp_path)[0].config == MODIFIED
+    change(tmp_path, vision_heads=8)  # changes no shape
+    assert "not of these weights" in complaint(tmp_path)
+    change(tmp_path, vision_heads="gone")  # a small ResNet
+    assert "do not fit config.json" in complaint(tmp_path)
 
 
 def test_checkpoint_is_plain(tmp_path):

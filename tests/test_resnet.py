@@ -8,7 +8,14 @@ from hypothesis import strategies as st
 from torch import nn
 from torchvision.models.resnet import BasicBlock as TorchvisionBlock
 
-from miniclip.resnet import BasicBlock, ResNet, check_size
+from miniclip.resnet import (
+    AttentionPool2d,
+    BasicBlock,
+    Bottleneck,
+    ModifiedResNet,
+    ResNet,
+    check_size,
+)
 
 
 def wake(net: nn.Module) -> nn.Module:
@@ -417,3 +424,189 @@ def test_the_feature_does_not_depend_on_the_picture_size_of_flat_colour():
     white = [torch.ones(1, 3, s, s).double() for s in (256, 512, 1024)]
     a, b, c = (net(x) for x in white)
     assert (c - b).norm() < 0.6 * (b - a).norm() < 0.1 * b.norm()
+
+
+# CLIP's own ResNet
+
+SIZES = dict(embed_dim=12, heads=8, image_resolution=96, width=6)
+
+
+def modified(*layers: int, **changes) -> ModifiedResNet:
+    torch.manual_seed(0)
+    layers = layers or (2, 1, 2, 1)
+    net = ModifiedResNet(layers, **{**SIZES, **changes})
+    return wake(net).double()
+
+
+def open_clips(net: ModifiedResNet, layers, **changes) -> nn.Module:
+    theirs = pytest.importorskip("open_clip.modified_resnet")
+    s = {**SIZES, **changes}
+    twin = theirs.ModifiedResNet(
+        layers,
+        s["embed_dim"],
+        s["heads"],
+        s["image_resolution"],
+        s["width"],
+    ).double()
+    twin.load_state_dict(net.state_dict(), strict=True)
+    return twin.train(net.training)
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize(
+    "changes", [{}, dict(heads=1, image_resolution=32), dict(width=4)]
+)
+def test_modified_resnet_is_open_clips(train, changes):
+    """Features, every gradient and the running averages."""
+    layers = (2, 1, 2, 1)
+    ours = modified(*layers, **changes).train(train)
+    twin = open_clips(ours, layers, **changes)
+    side = ours.image_resolution
+    image = torch.randn(3, 3, side, side, dtype=torch.double)
+    seed = torch.randn(3, 12, dtype=torch.double)
+    found = []
+    for net in ours, twin:
+        y = net(image)
+        (y * seed).sum().backward()
+        grads = {n: p.grad for n, p in net.named_parameters()}
+        found.append((y, grads, net.state_dict()))
+    for name, grad in found[0][1].items():
+        if name != "attnpool.k_proj.bias":  # a softmax does not see it
+            assert grad.abs().max() > 1e-9, name
+    torch.testing.assert_close(*found, atol=1e-9, rtol=1e-7)
+
+
+def test_the_names_of_openais_checkpoints():
+    net = ModifiedResNet((1, 2, 1, 1), **SIZES)
+    state = net.state_dict()
+    expected = []
+    for i in "123":
+        expected.append(f"conv{i}.weight")
+        expected += [f"bn{i}.{name}" for name in NORM]
+    for stage, depth in enumerate((1, 2, 1, 1), 1):
+        for block in range(depth):
+            start = f"layer{stage}.{block}."
+            for i in "123":
+                expected.append(f"{start}conv{i}.weight")
+                expected += [f"{start}bn{i}.{name}" for name in NORM]
+            if block == 0:
+                expected.append(f"{start}downsample.0.weight")
+                expected += [f"{start}downsample.1.{n}" for n in NORM]
+    expected.append("attnpool.positional_embedding")
+    for letter in "kqvc":
+        for kind in "weight", "bias":
+            expected.append(f"attnpool.{letter}_proj.{kind}")
+    assert sorted(state) == sorted(expected)
+    shapes = {n: tuple(state[n].shape) for n in state}
+    assert shapes["conv1.weight"] == shapes["conv2.weight"][:1] + (3, 3, 3)
+    assert shapes["conv3.weight"] == (6, 3, 3, 3)
+    assert shapes["layer4.0.conv3.weight"] == (192, 48, 1, 1)
+    assert shapes["attnpool.positional_embedding"] == (10, 192)
+    assert shapes["attnpool.c_proj.weight"] == (12, 192)
+
+
+@torch.no_grad()
+def test_attention_pooling_by_hand():
+    """One question, all places and the mean as answers, head by head."""
+    torch.manual_seed(0)
+    pool = AttentionPool2d(3, 8, 2, 5).double()
+    for layer in pool.children():
+        nn.init.normal_(layer.bias)
+    x = torch.randn(4, 8, 3, 3, dtype=torch.double)
+    expected = torch.zeros(4, 5, dtype=torch.double)
+    for b in range(4):
+        places = [x[b, :, i, j] for i in range(3) for j in range(3)]
+        tokens = [sum(places) / 9, *places]
+        tokens = [t + p for t, p in zip(tokens, pool.positional_embedding)]
+        answer = []
+        for head in slice(0, 4), slice(4, 8):
+            q = pool.q_proj(tokens[0])[head]
+            k = [pool.k_proj(t)[head] for t in tokens]
+            v = [pool.v_proj(t)[head] for t in tokens]
+            weights = torch.stack([q @ one / 4**0.5 for one in k]).exp()
+            weights /= weights.sum()
+            answer.append(sum(w * one for w, one in zip(weights, v)))
+        expected[b] = pool.c_proj(torch.cat(answer))
+    torch.testing.assert_close(pool(x), expected, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_new_bottleneck_is_its_shortcut_to_the_last_bit(stride):
+    block = Bottleneck(8, 2, stride).eval()
+    assert len(block.downsample) == (2 if stride > 1 else 0)
+    x = torch.randn(2, 8, 6, 6).relu()
+    if stride == 1:
+        assert torch.equal(block(x), x)
+    else:
+        shortcut = block.downsample(F.avg_pool2d(x, 2)).relu()
+        assert torch.equal(block(x), shortcut)
+
+
+def test_starting_noise_of_the_modified_resnet_is_openais():
+    torch.manual_seed(0)
+    net = ModifiedResNet((1, 1, 1, 1), 64, 4, 96, 8)  # 256 channels
+    pool = net.attnpool
+    for p in (
+        pool.positional_embedding,
+        *(layer.weight for layer in pool.children()),
+    ):
+        assert abs(p.std() * 256**0.5 - 1) < 0.05
+    for name, p in net.named_parameters():
+        if p.ndim == 1 and "bn" in name:
+            zero = name.endswith("bias") or (
+                name.endswith("bn3.weight") and name.startswith("layer")
+            )
+            assert (p == float(not zero)).all(), name
+
+
+@torch.no_grad()
+def test_every_place_of_a_map_has_a_say_when_it_is_halved():
+    """A plain ResNet drops three of four at the shortcut."""
+    block = wake(Bottleneck(8, 2, stride=2)).double().eval()
+    x = torch.randn(1, 8, 4, 4, dtype=torch.double).relu()
+    y = block(x)
+    for i in range(4):
+        for j in range(4):
+            other = x.clone()
+            other[..., i, j] += 1
+            changed = (block(other) - y).abs().amax(dim=(0, 1)) > 1e-9
+            assert changed[i // 2, j // 2]
+
+
+@torch.no_grad()
+def test_the_attention_pool_knows_where_things_are():
+    torch.manual_seed(0)
+    pool = AttentionPool2d(4, 16, 2, 8).double()
+    x = torch.randn(2, 16, 4, 4, dtype=torch.double)
+    moved = x.flip(3)
+    far = (pool(x) - pool(moved)).norm() / pool(x).norm()
+    assert far > 0.01
+    pool.positional_embedding[1:] = pool.positional_embedding[1]
+    torch.testing.assert_close(pool(x), pool(moved))
+
+
+@pytest.mark.parametrize(
+    "layers, changes, words",
+    [
+        ((1, 1, 1), {}, "four stages"),
+        ((1, 1, 0, 1), {}, "four stages"),
+        ((1, 1, 1, 1), dict(width=5), "width must be even"),
+        ((1, 1, 1, 1), dict(heads=5), "5 heads"),
+        ((1, 1, 1, 1), dict(heads=0), "0 heads"),
+        ((1, 1, 1, 1), dict(image_resolution=100), "multiple of 32"),
+        ((1, 1, 1, 1), dict(image_resolution=0), "multiple of 32"),
+    ],
+)
+def test_modified_resnets_that_cannot_be(layers, changes, words):
+    with pytest.raises(ValueError, match=words):
+        ModifiedResNet(layers, **{**SIZES, **changes})
+
+
+@pytest.mark.parametrize(
+    "shape", [(3, 96, 96), (1, 3, 96, 64), (1, 3, 128, 128), (1, 1, 96, 96)]
+)
+def test_modified_resnet_refuses_other_pictures(shape):
+    with pytest.raises(ValueError, match=r"expected \(B, 3, 96, 96\)"):
+        modified()(torch.zeros(shape, dtype=torch.double))
+    with pytest.raises(ValueError, match="uint8"):
+        modified()(torch.zeros(1, 3, 96, 96, dtype=torch.uint8))

@@ -4,6 +4,7 @@ Towers are compared in float32, features and every gradient, to 1e-5.
 """
 
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -323,6 +324,23 @@ def test_the_cut_happens():
     )
     model.encode_text(captions())
     assert seen == [(4, 12, 32)]  # the longest has 12 tokens
+
+
+def test_a_traced_tower_neither_checks_nor_cuts():
+    """While a graph is written there are no ids to look at."""
+    model, ids = tower(), torch.zeros(2, 7, dtype=torch.long)
+    ids[:, 2] = model.vocab_size - 1
+    lengths = []
+    model.transformer.register_forward_hook(
+        lambda m, a, y: lengths.append(y.shape[1])
+    )
+    with torch.no_grad():
+        usual = model.encode_text(ids)
+        with mock.patch("torch.compiler.is_compiling", lambda: True):
+            with mock.patch("miniclip.text.check_ids") as check:
+                traced = model.encode_text(ids)
+    assert lengths == [3, 7] and not check.called
+    torch.testing.assert_close(traced, usual, atol=1e-5, rtol=1e-5)
 
 
 def test_positions_after_the_longest_get_no_gradient():

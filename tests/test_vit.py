@@ -3,12 +3,19 @@
 Towers are compared in float32, features and every gradient, to 1e-5.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from miniclip.vit import VisionTransformer, check_grid, check_image
+from miniclip.vit import (
+    VisionTransformer,
+    check_grid,
+    check_image,
+    resize_positions,
+)
 
 SIZES = dict(  # small, and all different: 3 x 3 patches of 5 x 5 pixels
     image_resolution=15,
@@ -237,6 +244,42 @@ def test_starting_sizes_are_openais():
     ):
         assert abs(p.std() * 256**0.5 - 1) < 0.15
     assert model.conv1.bias is None
+
+
+# Other resolutions
+
+
+@pytest.mark.parametrize("grid", [1, 2, 5, 6, 7, 12, 24])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_resized_positions_are_open_clips(grid, dtype):
+    open_clip = pytest.importorskip("open_clip.model")
+    torch.manual_seed(0)
+    table = torch.randn(37, 16).to(dtype)
+    ours = resize_positions(table, grid)
+    state = {"visual.positional_embedding": table.float()}
+    stub = SimpleNamespace(visual=SimpleNamespace(grid_size=grid))
+    open_clip.resize_pos_embed(state, stub)
+    theirs = state["visual.positional_embedding"].to(dtype)
+    assert ours.shape == (grid * grid + 1, 16) and ours.dtype == dtype
+    close(ours, theirs)
+    assert torch.equal(ours[0], table[0])
+    assert (grid == 6) == torch.equal(ours, table)
+
+
+def test_resized_positions_keep_rows_and_columns_apart():
+    table = torch.zeros(17, 2)
+    for i in range(16):
+        table[1 + i] = torch.tensor([i // 4, i % 4])
+    finer = resize_positions(table, 12)[1:].view(12, 12, 2)
+    assert (finer[1:, :, 0] > finer[:-1, :, 0] + 0.01).all()
+    assert (finer[:, 1:, 1] > finer[:, :-1, 1] + 0.01).all()
+    close(finer[..., 0], finer[..., 1].T)
+
+
+def test_a_table_that_is_no_square_is_refused():
+    for rows in 0, 1, 16, 18:
+        with pytest.raises(ValueError, match=f"of {rows} positions"):
+            resize_positions(torch.zeros(rows, 4), 8)
 
 
 # Errors that say what to do
