@@ -1,4 +1,4 @@
-"""A small residual network: the image tower for a few thousand pictures.
+"""Residual networks: a small one for few pictures, and CLIP's own.
 
 Written from book/chapters/05_resnet.md; edit that file.
 """
