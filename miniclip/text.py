@@ -180,6 +180,14 @@ def check_ids(ids: Tensor, context_length: int, vocab_size: int) -> None:
         )
 
 
+def noise(std: float, *shape: int) -> nn.Parameter:
+    """A parameter of random numbers with a standard deviation.
+
+    Chapter: book/chapters/03_text.md
+    """
+    return nn.Parameter(std * torch.randn(shape))
+
+
 class TextTransformer(nn.Module):
     """Token ids (B, L) to text_features (B, embed_dim).
 
@@ -203,24 +211,20 @@ class TextTransformer(nn.Module):
         self.context_length, self.vocab_size = context_length, vocab_size
         self.token_embedding = nn.Embedding(vocab_size, width)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
-        place = 0.01 * torch.randn(context_length, width)
-        self.positional_embedding = nn.Parameter(place)
-        self.transformer = Transformer(
-            width, layers, heads, is_causal=True, activation=activation
-        )
+        self.positional_embedding = noise(0.01, context_length, width)
+        sizes = width, layers, heads
+        self.transformer = Transformer(*sizes, True, activation)
         init_blocks(self.transformer)
         self.ln_final = nn.LayerNorm(width)
-        projection = width**-0.5 * torch.randn(width, embed_dim)
-        self.text_projection = nn.Parameter(projection)
+        self.text_projection = noise(width**-0.5, width, embed_dim)
 
     def encode_text(self, ids: Tensor) -> Tensor:
         """(B, L) ids, ends marked by the highest -> (B, E), any length."""
-        tracing = torch.compiler.is_compiling()  # a graph, no values yet
-        if not tracing:
+        if not torch.compiler.is_compiling():  # a graph has no values yet
             check_ids(ids, self.context_length, self.vocab_size)
+            longest = int(ids.argmax(dim=-1).max()) + 1
+            ids = ids[:, :longest]
         end = ids.argmax(dim=-1)  # (B,), the first end-of-text token
-        if not tracing:  # cut to the longest caption
-            ids = ids[:, : int(end.max()) + 1]
         place = self.positional_embedding[: ids.shape[1]]  # (L, D)
         x = self.transformer(self.token_embedding(ids) + place)
         rows = torch.arange(x.shape[0], device=x.device)
