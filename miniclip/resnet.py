@@ -222,25 +222,20 @@ def _stage(inplanes: int, planes: int, depth: int, stride: int):
 class ModifiedResNet(nn.Module):
     """Pictures (B, 3, H, W) to image_features (B, embed_dim).
 
-    H = W = image_resolution, a multiple of 32 (else ValueError); layers
-    holds the blocks of four stages, width the channels of the stem, heads
-    those of the attention pool. Parameter names are those of openai/CLIP.
+    H = W = side, a multiple of 32 (else ValueError); layers holds the
+    blocks of four stages, width the channels of the stem, heads those of
+    the attention pool. Parameter names are those of openai/CLIP.
     Source: Radford et al. 2021, section 2.4, and clip/model.py.
 
     Chapter: book/chapters/05_resnet.md
     """
 
     def __init__(
-        self,
-        layers: tuple[int, ...],
-        embed_dim: int,
-        heads: int,
-        image_resolution: int,
-        width: int,
+        self, layers, embed_dim: int, heads: int, side: int, width: int
     ):
         super().__init__()
-        check_modified(layers, heads, image_resolution, width)
-        self.image_resolution, w, half = image_resolution, width, width // 2
+        check_modified(layers, heads, side, width)
+        self.image_resolution, w, half = side, width, width // 2
         self.conv1 = nn.Conv2d(3, half, 3, stride=2, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(half)
         self.conv2 = nn.Conv2d(half, half, 3, padding=1, bias=False)
@@ -251,8 +246,9 @@ class ModifiedResNet(nn.Module):
         self.layer2 = _stage(4 * w, 2 * w, layers[1], stride=2)
         self.layer3 = _stage(8 * w, 4 * w, layers[2], stride=2)
         self.layer4 = _stage(16 * w, 8 * w, layers[3], stride=2)
-        grid = image_resolution // 32
-        self.attnpool = AttentionPool2d(grid, 32 * w, heads, embed_dim)
+        self.attnpool = AttentionPool2d(
+            side // 32, 32 * w, heads, embed_dim
+        )
 
     def stem(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, width, H // 4, W // 4)."""

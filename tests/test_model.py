@@ -483,7 +483,10 @@ def test_other_resolutions_are_open_clips(kind, side):
         per_image, scale * u @ v.T, atol=1e-4, rtol=1e-4
     )
     per_image.sum().backward()
-    assert model.logit_scale.grad is None  # nothing is shared
+    assert model.logit_scale.grad is None
+    with torch.no_grad():
+        larger.logit_scale += 1
+    assert torch.equal(model.logit_scale, before["logit_scale"])
 
 
 def test_resize_keeps_mode_tokenizer_and_the_small_resnet():

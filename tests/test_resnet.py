@@ -428,7 +428,7 @@ def test_the_feature_does_not_depend_on_the_picture_size_of_flat_colour():
 
 # CLIP's own ResNet
 
-SIZES = dict(embed_dim=12, heads=8, image_resolution=96, width=6)
+SIZES = dict(embed_dim=12, heads=8, side=96, width=6)
 
 
 def modified(*layers: int, **changes) -> ModifiedResNet:
@@ -445,7 +445,7 @@ def open_clips(net: ModifiedResNet, layers, **changes) -> nn.Module:
         layers,
         s["embed_dim"],
         s["heads"],
-        s["image_resolution"],
+        s["side"],
         s["width"],
     ).double()
     twin.load_state_dict(net.state_dict(), strict=True)
@@ -454,7 +454,7 @@ def open_clips(net: ModifiedResNet, layers, **changes) -> nn.Module:
 
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize(
-    "changes", [{}, dict(heads=1, image_resolution=32), dict(width=4)]
+    "changes", [{}, dict(heads=1, side=32), dict(width=4)]
 )
 def test_modified_resnet_is_open_clips(train, changes):
     """Features, every gradient and the running averages."""
@@ -593,8 +593,8 @@ def test_the_attention_pool_knows_where_things_are():
         ((1, 1, 1, 1), dict(width=5), "width must be even"),
         ((1, 1, 1, 1), dict(heads=5), "5 heads"),
         ((1, 1, 1, 1), dict(heads=0), "0 heads"),
-        ((1, 1, 1, 1), dict(image_resolution=100), "multiple of 32"),
-        ((1, 1, 1, 1), dict(image_resolution=0), "multiple of 32"),
+        ((1, 1, 1, 1), dict(side=100), "multiple of 32"),
+        ((1, 1, 1, 1), dict(side=0), "multiple of 32"),
     ],
 )
 def test_modified_resnets_that_cannot_be(layers, changes, words):
