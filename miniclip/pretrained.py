@@ -546,6 +546,8 @@ _VISION = {  # the defaults of CLIPVisionConfig
     "hidden_act": "quick_gelu",
     "layer_norm_eps": 1e-5,
 }
+
+
 _TEXT = {  # and of CLIPTextConfig
     "hidden_size": 512,
     "intermediate_size": 2048,

@@ -191,8 +191,7 @@ def noise(std: float, *shape: int) -> nn.Parameter:
 class TextTransformer(nn.Module):
     """Token ids (B, L) to text_features (B, embed_dim).
 
-    Parameter names are those of openai/CLIP. Source: Radford et al. 2021,
-    section 2.4, and clip/model.py.
+    Names as in openai/CLIP. Source: Radford et al. 2021, section 2.4.
 
     Chapter: book/chapters/03_text.md
     """
@@ -222,13 +221,11 @@ class TextTransformer(nn.Module):
         """(B, L) ids, ends marked by the highest -> (B, E), any length."""
         if not torch.compiler.is_compiling():  # a graph has no values yet
             check_ids(ids, self.context_length, self.vocab_size)
-            longest = int(ids.argmax(dim=-1).max()) + 1
-            ids = ids[:, :longest]
+            ids = ids[:, : int(ids.argmax(dim=-1).max()) + 1]  # the longest
         end = ids.argmax(dim=-1)  # (B,), the first end-of-text token
         place = self.positional_embedding[: ids.shape[1]]  # (L, D)
         x = self.transformer(self.token_embedding(ids) + place)
         rows = torch.arange(x.shape[0], device=x.device)
-        x = self.ln_final(x[rows, end])
-        return x @ self.text_projection
+        return self.ln_final(x[rows, end]) @ self.text_projection
 
     forward = encode_text

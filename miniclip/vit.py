@@ -47,8 +47,7 @@ class VisionTransformer(nn.Module):
     """Pictures (B, 3, H, W) to image_features (B, embed_dim).
 
     H = W = image_resolution, a multiple of patch_size (else ValueError).
-    Parameter names as in openai/CLIP, clip/model.py. Source: Dosovitskiy
-    et al. 2021; Radford et al. 2021, section 2.4.
+    Names as in openai/CLIP. Source: Dosovitskiy et al. 2021.
 
     Chapter: book/chapters/04_vit.md
     """
@@ -68,7 +67,7 @@ class VisionTransformer(nn.Module):
         self.image_resolution = image_resolution
         self.conv1 = nn.Conv2d(3, width, patch_size, patch_size, bias=False)
         std, grid = width**-0.5, image_resolution // patch_size
-        place = noise(std, grid**2 + 1, width)  # drawn first, as ever
+        place = noise(std, grid**2 + 1, width)
         self.class_embedding = noise(std, width)
         self.positional_embedding = place
         self.ln_pre = nn.LayerNorm(width)
