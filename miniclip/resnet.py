@@ -222,9 +222,8 @@ def _stage(inplanes: int, planes: int, depth: int, stride: int):
 class ModifiedResNet(nn.Module):
     """Pictures (B, 3, H, W) to image_features (B, embed_dim).
 
-    H = W = side, a multiple of 32 (else ValueError); layers holds the
-    blocks of four stages, width the channels of the stem, heads those of
-    the attention pool. Parameter names are those of openai/CLIP.
+    H = W = side, a multiple of 32 (else ValueError); layers are the blocks
+    of four stages, width the stem's; parameter names as in openai/CLIP.
     Source: Radford et al. 2021, section 2.4, and clip/model.py.
 
     Chapter: book/chapters/05_resnet.md
