@@ -2,7 +2,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 export OMP_WAIT_POLICY ?= PASSIVE  # threads that wait should sleep
 
-.PHONY: help book test sync execute format lint clean
+.PHONY: help book test sync execute pretrained format lint clean
 
 help:           ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
@@ -21,6 +21,9 @@ sync: .venv/ok  ## write package and notebooks from the chapters
 execute: .venv/ok  ## run all chapters again, or CHAPTER=NN_name; say what changed
 	$(RUN) book/_tools/export.py
 	$(RUN) book/_tools/notebooks.py --execute $(CHAPTER)
+
+pretrained: .venv/ok  ## with a network: documented values of OpenAI's ViT-B/32
+	$(RUN) tests/bench/pretrained.py
 
 format: .venv/ok  ## format the chapters' code and the hand-written Python
 	$(RUN) book/_tools/format.py

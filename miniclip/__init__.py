@@ -7,11 +7,10 @@ from miniclip.model import (
     CLIP,
     CONFIGS,
     CLIPConfig,
-    available_models,
-    load,
     preprocess,
     save,
 )
+from miniclip.pretrained import available_models, load
 from miniclip.tokenizer import Tokenizer, tokenize, train_bpe
 
 __version__ = version("miniclip")

@@ -24,7 +24,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from miniclip.data import MAX_PIXELS, data_dir
 from miniclip.resnet import ModifiedResNet, ResNet, check_modified
-from miniclip.text import TextTransformer
+from miniclip.text import ACTIVATIONS, TextTransformer
 from miniclip.tokenizer import Tokenizer
 from miniclip.vit import VisionTransformer, resize_positions
 
@@ -37,7 +37,7 @@ class CLIPConfig:
     are one for every 64 of vision_width, if None. A tuple builds a ResNet
     with so many blocks in each stage, and vision_patch_size is None: with
     vision_heads for its attention pool the paper's ModifiedResNet, without
-    the small ResNet.
+    the small ResNet. The activation is that of the Transformers' blocks.
 
     Raises: ValueError for numbers that nothing can be built from.
 
@@ -55,6 +55,7 @@ class CLIPConfig:
     transformer_heads: int
     transformer_layers: int
     vision_heads: int | None = None
+    activation: str = "quick_gelu"
 
     def __post_init__(self):
         if isinstance(self.vision_layers, list):  # as JSON has it
@@ -68,7 +69,9 @@ def _check_config(config: CLIPConfig) -> None:
     """Raise ValueError unless a CLIP can be built from config."""
     is_resnet = isinstance(config.vision_layers, tuple)
     for name, value in asdict(config).items():
-        if name == "vision_patch_size" and is_resnet:
+        if name == "activation":
+            ok, expected = value in ACTIVATIONS, f"one of {[*ACTIVATIONS]}"
+        elif name == "vision_patch_size" and is_resnet:
             ok, expected = value is None, "None: a ResNet has no patches"
         elif name == "vision_heads" and value is None:
             continue
@@ -99,10 +102,11 @@ def _image_tower(config: CLIPConfig) -> nn.Module:
     """The module that turns (B, 3, H, W) pictures into (B, E) features."""
     layers, width = config.vision_layers, config.vision_width
     embed_dim, side = config.embed_dim, config.image_resolution
-    heads = config.vision_heads
+    heads, act = config.vision_heads, config.activation
     if not isinstance(layers, tuple):
         p, heads = config.vision_patch_size, heads or width // 64
-        return VisionTransformer(side, p, width, layers, heads, embed_dim)
+        sizes = side, p, width, layers, heads, embed_dim
+        return VisionTransformer(*sizes, act)
     if heads is None:
         return ResNet(layers, width, embed_dim)
     return ModifiedResNet(layers, embed_dim, heads, side, width)
@@ -125,7 +129,7 @@ class CLIP(TextTransformer):
         c = config
         width, heads = c.transformer_width, c.transformer_heads
         sizes = c.embed_dim, c.context_length, c.vocab_size, width, heads
-        super().__init__(*sizes, c.transformer_layers)
+        super().__init__(*sizes, c.transformer_layers, c.activation)
         self.config = config
         self.visual = _image_tower(config)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
@@ -300,7 +304,7 @@ def _replacing(paths: list[Path]) -> Iterator[list[Path]]:
 
 
 def _described(config: CLIPConfig) -> dict:
-    """The fields as they are written; one at its default is left out."""
+    """The fields that count; one at its default is left out."""
     values = ((f, getattr(config, f.name)) for f in fields(config))
     return {f.name: value for f, value in values if value != f.default}
 
@@ -330,7 +334,9 @@ def _state(model: CLIP, half: bool) -> dict[str, Tensor]:
 
 def _texts(model: CLIP) -> dict[str, str]:
     """The content of config.json, and of merges.json if there is one."""
-    content = json.dumps(_described(model.config), indent=1)
+    config = model.config
+    content = _described(config) | {"activation": config.activation}
+    content = json.dumps(content, indent=1)
     texts = {"config.json": content}
     if model.tokenizer is not None:
         found, wanted = model.tokenizer.vocab_size, model.config.vocab_size

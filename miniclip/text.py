@@ -57,6 +57,21 @@ class QuickGELU(nn.Module):
         return x * torch.sigmoid(1.702 * x)
 
 
+ACTIVATIONS = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
+
+
+def make_activation(name: str) -> nn.Module:
+    """The bend of a tower, from its name in ACTIVATIONS (else ValueError).
+
+    Chapter: book/chapters/03_text.md
+    """
+    if name not in ACTIVATIONS:
+        raise ValueError(
+            f"activation is {name!r}, expected one of {[*ACTIVATIONS]}"
+        )
+    return ACTIVATIONS[name]()
+
+
 class ResidualAttentionBlock(nn.Module):
     """Attention, then an MLP, each added to the stream (B, L, D).
 
@@ -66,7 +81,13 @@ class ResidualAttentionBlock(nn.Module):
     Chapter: book/chapters/03_text.md
     """
 
-    def __init__(self, width: int, heads: int, is_causal: bool = False):
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        is_causal: bool = False,
+        activation: str = "quick_gelu",
+    ):
         super().__init__()
         self.is_causal = is_causal
         self.attn = Attention(width, heads)
@@ -74,7 +95,7 @@ class ResidualAttentionBlock(nn.Module):
         self.mlp = nn.Sequential(
             OrderedDict(
                 c_fc=nn.Linear(width, 4 * width),
-                gelu=QuickGELU(),
+                gelu=make_activation(activation),
                 c_proj=nn.Linear(4 * width, width),
             )
         )
@@ -93,15 +114,18 @@ class Transformer(nn.Module):
     """
 
     def __init__(
-        self, width: int, layers: int, heads: int, is_causal: bool = False
+        self,
+        width: int,
+        layers: int,
+        heads: int,
+        is_causal: bool = False,
+        activation: str = "quick_gelu",
     ):
         super().__init__()
         self.width, self.layers = width, layers
+        sizes = width, heads, is_causal, activation
         self.resblocks = nn.Sequential(
-            *[
-                ResidualAttentionBlock(width, heads, is_causal)
-                for _ in range(layers)
-            ]
+            *[ResidualAttentionBlock(*sizes) for _ in range(layers)]
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -156,11 +180,18 @@ def check_ids(ids: Tensor, context_length: int, vocab_size: int) -> None:
         )
 
 
+def noise(std: float, *shape: int) -> nn.Parameter:
+    """A parameter of random numbers with a standard deviation.
+
+    Chapter: book/chapters/03_text.md
+    """
+    return nn.Parameter(std * torch.randn(shape))
+
+
 class TextTransformer(nn.Module):
     """Token ids (B, L) to text_features (B, embed_dim).
 
-    Parameter names are those of openai/CLIP. Source: Radford et al. 2021,
-    section 2.4, and clip/model.py.
+    Names as in openai/CLIP. Source: Radford et al. 2021, section 2.4.
 
     Chapter: book/chapters/03_text.md
     """
@@ -173,31 +204,28 @@ class TextTransformer(nn.Module):
         width: int,
         heads: int,
         layers: int,
+        activation: str = "quick_gelu",
     ):
         super().__init__()
         self.context_length, self.vocab_size = context_length, vocab_size
         self.token_embedding = nn.Embedding(vocab_size, width)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
-        place = 0.01 * torch.randn(context_length, width)
-        self.positional_embedding = nn.Parameter(place)
-        self.transformer = Transformer(width, layers, heads, is_causal=True)
+        self.positional_embedding = noise(0.01, context_length, width)
+        sizes = width, layers, heads
+        self.transformer = Transformer(*sizes, True, activation)
         init_blocks(self.transformer)
         self.ln_final = nn.LayerNorm(width)
-        projection = width**-0.5 * torch.randn(width, embed_dim)
-        self.text_projection = nn.Parameter(projection)
+        self.text_projection = noise(width**-0.5, width, embed_dim)
 
     def encode_text(self, ids: Tensor) -> Tensor:
         """(B, L) ids, ends marked by the highest -> (B, E), any length."""
-        tracing = torch.compiler.is_compiling()  # a graph, no values yet
-        if not tracing:
+        if not torch.compiler.is_compiling():  # a graph has no values yet
             check_ids(ids, self.context_length, self.vocab_size)
+            ids = ids[:, : int(ids.argmax(dim=-1).max()) + 1]  # the longest
         end = ids.argmax(dim=-1)  # (B,), the first end-of-text token
-        if not tracing:  # cut to the longest caption
-            ids = ids[:, : int(end.max()) + 1]
         place = self.positional_embedding[: ids.shape[1]]  # (L, D)
         x = self.transformer(self.token_embedding(ids) + place)
         rows = torch.arange(x.shape[0], device=x.device)
-        x = self.ln_final(x[rows, end])
-        return x @ self.text_projection
+        return self.ln_final(x[rows, end]) @ self.text_projection
 
     forward = encode_text

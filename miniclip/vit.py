@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from miniclip.text import Transformer
+from miniclip.text import Transformer, noise
 
 
 def check_grid(image_resolution: int, patch_size: int) -> None:
@@ -47,8 +47,7 @@ class VisionTransformer(nn.Module):
     """Pictures (B, 3, H, W) to image_features (B, embed_dim).
 
     H = W = image_resolution, a multiple of patch_size (else ValueError).
-    Parameter names are those of openai/CLIP. Source: Dosovitskiy et al.
-    2021; Radford et al. 2021, section 2.4; and clip/model.py.
+    Names as in openai/CLIP. Source: Dosovitskiy et al. 2021.
 
     Chapter: book/chapters/04_vit.md
     """
@@ -61,19 +60,21 @@ class VisionTransformer(nn.Module):
         layers: int,
         heads: int,
         embed_dim: int,
+        activation: str = "quick_gelu",
     ):
         super().__init__()
         check_grid(image_resolution, patch_size)
         self.image_resolution = image_resolution
         self.conv1 = nn.Conv2d(3, width, patch_size, patch_size, bias=False)
         std, grid = width**-0.5, image_resolution // patch_size
-        place = std * torch.randn(grid**2 + 1, width)
-        self.class_embedding = nn.Parameter(std * torch.randn(width))
-        self.positional_embedding = nn.Parameter(place)
+        place = noise(std, grid**2 + 1, width)
+        self.class_embedding = noise(std, width)
+        self.positional_embedding = place
         self.ln_pre = nn.LayerNorm(width)
-        self.transformer = Transformer(width, layers, heads)
+        sizes = width, layers, heads
+        self.transformer = Transformer(*sizes, activation=activation)
         self.ln_post = nn.LayerNorm(width)
-        self.proj = nn.Parameter(std * torch.randn(width, embed_dim))
+        self.proj = noise(std, width, embed_dim)
 
     def forward(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) floats, preprocessed -> (B, E), not normalised."""

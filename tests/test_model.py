@@ -28,6 +28,7 @@ from bench.parity import (
 from PIL import Image, ImageOps
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torchvision import transforms as v1
 
 from miniclip import model as module
@@ -977,6 +978,24 @@ def test_number_that_changes_no_shape_is_noticed(tmp_path):
     assert "not of these weights" in complaint(tmp_path)
 
 
+def test_activation_travels_and_is_guarded_by_the_fingerprint(tmp_path):
+    model = make(replace(VIT, activation="gelu"))
+    for tower in model, model.visual:
+        for block in tower.transformer.resblocks:
+            assert type(block.mlp.gelu) is nn.GELU
+    save(model, tmp_path)
+    assert_same(load(tmp_path)[0], model)
+    change(tmp_path, activation="quick_gelu")
+    assert "not of these weights" in complaint(tmp_path)
+
+
+def test_checkpoints_without_activation_are_quick(tmp_path):
+    """As all were that were written before there was a choice."""
+    save(with_tokenizer(), tmp_path)
+    change(tmp_path, activation="gone")
+    assert_same(load(tmp_path)[0], with_tokenizer())
+
+
 @pytest.mark.parametrize(
     "changes, words",
     [
@@ -984,6 +1003,7 @@ def test_number_that_changes_no_shape_is_noticed(tmp_path):
         ({"embed_dim": "gone"}, "lacks ['embed_dim']"),
         ({"embed_dim": "32"}, "embed_dim is '32'"),
         ({"vision_layers": None}, "vision_layers is None"),
+        ({"activation": "relu"}, "activation is 'relu', expected one of"),
     ],
 )
 def test_wrong_config_names_file_and_field(tmp_path, changes, words):
@@ -1101,7 +1121,7 @@ def test_heads_are_stored_and_guarded(tmp_path):
 def test_checkpoint_is_plain(tmp_path):
     save(with_tokenizer(), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    assert config["vision_layers"] == [1, 1, 1] and len(config) == 10
+    assert config["vision_layers"] == [1, 1, 1] and len(config) == 11
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert set(file.metadata()) == {"fingerprint"}
         assert "visual.proj" in file.keys()

@@ -134,6 +134,21 @@ def test_quickgelu_by_hand():
     assert 0.01 < (QuickGELU()(z) - F.gelu(z)).abs().max() < 0.021
 
 
+def test_activation_is_chosen_by_name():
+    torch.manual_seed(0)
+    quick = ResidualAttentionBlock(8, 2)
+    exact = ResidualAttentionBlock(8, 2, activation="gelu")
+    exact.load_state_dict(quick.state_dict())
+    assert type(quick.mlp.gelu) is QuickGELU
+    x = torch.randn(2, 3, 8)
+    exact.mlp.gelu, kept = quick.mlp.gelu, exact.mlp.gelu
+    close(exact(x), quick(x))
+    exact.mlp.gelu = kept
+    assert (exact(x) - quick(x)).abs().max() > 1e-4
+    with pytest.raises(ValueError, match="'relu', expected one of"):
+        ResidualAttentionBlock(8, 2, activation="relu")
+
+
 def test_a_causal_block_never_looks_ahead():
     torch.manual_seed(0)
     x = torch.randn(2, 6, 32)
