@@ -2,7 +2,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 export OMP_WAIT_POLICY ?= PASSIVE  # threads that wait should sleep
 
-.PHONY: help book test sync execute pretrained format lint clean
+.PHONY: help book test sync execute pretrained bench gpu-check format lint clean
 
 help:           ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
@@ -24,6 +24,13 @@ execute: .venv/ok  ## run all chapters again, or CHAPTER=NN_name; say what chang
 
 pretrained: .venv/ok  ## with a network: documented values of OpenAI's ViT-B/32
 	$(RUN) tests/bench/pretrained.py
+
+bench: .venv/ok  ## beside other libraries, in one run; minutes; to data/results
+	$(RUN) tests/bench/tokenizer.py --out data/results/tokenizer.json
+	$(RUN) tests/bench/memory.py --out data/results/memory.json
+
+gpu-check: .venv/ok  ## on a machine with a GPU: parity, memory, speed
+	$(RUN) tests/bench/gpu.py --out data/results/gpu.json
 
 format: .venv/ok  ## format the chapters' code and the hand-written Python
 	$(RUN) book/_tools/format.py
