@@ -487,9 +487,8 @@ def _assemble(state: dict[str, Tensor], config: CLIPConfig, source) -> CLIP:
         model = CLIP(config)
     _check_fit(state, model.state_dict(), source)
     model.load_state_dict(state, assign=True)
-    openai = getattr(Tokenizer, "openai", None)
-    if openai is not None and config.vocab_size == CLIP_VOCABULARY:
-        model.tokenizer = openai()
+    if config.vocab_size == CLIP_VOCABULARY:
+        model.tokenizer = Tokenizer.openai()
     return model.eval()
 
 
