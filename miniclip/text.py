@@ -61,7 +61,7 @@ ACTIVATIONS = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
 
 
 def make_activation(name: str) -> nn.Module:
-    """The bend of a tower, from its name in ACTIVATIONS, else ValueError.
+    """The bend of a tower; ValueError for a name not in ACTIVATIONS.
 
     Chapter: book/chapters/03_text.md
     """
