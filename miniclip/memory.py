@@ -465,6 +465,14 @@ def best_dtype(device: str | torch.device = "cpu") -> torch.dtype:
     return torch.float16 if generation >= (7, 0) else torch.float32
 
 
+def _check_norm(norm: Tensor) -> None:
+    """Raise FloatingPointError for a norm that is not finite."""
+    if not norm.isfinite():
+        raise FloatingPointError(
+            f"the gradient's norm is {norm:.3g}; no weight was changed"
+        )
+
+
 class Precision:
     """Towers in half precision, weights and loss in float32.
 
@@ -475,11 +483,7 @@ class Precision:
     Chapter: book/chapters/09_memory.md
     """
 
-    def __init__(
-        self,
-        dtype: torch.dtype | None = None,
-        device: str | torch.device = "cpu",
-    ):
+    def __init__(self, dtype: torch.dtype | None = None, device="cpu"):
         self.device = torch.device(device)
         self.dtype = dtype or best_dtype(device)
         half = self.dtype == torch.float16  # the one with too small a range
@@ -506,10 +510,8 @@ class Precision:
         weights = [p for group in groups for p in group["params"]]
         self.scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(weights, most)
-        if not self.scaler.is_enabled() and not norm.isfinite():
-            raise FloatingPointError(
-                f"the gradient's norm is {norm:.3g}; no weight was changed"
-            )
+        if not self.scaler.is_enabled():
+            _check_norm(norm)
         self.scaler.step(optimizer)
         self.scaler.update()
         return norm
