@@ -506,8 +506,7 @@ class Precision:
             is not finite (in float16 the step is skipped instead).
         """
         check_master_weights(optimizer)
-        groups = optimizer.param_groups
-        weights = [p for group in groups for p in group["params"]]
+        weights = [p for g in optimizer.param_groups for p in g["params"]]
         self.scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(weights, most)
         if not self.scaler.is_enabled():
