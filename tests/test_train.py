@@ -4,6 +4,7 @@ The pictures are squares that tests can check by eye; the models are as
 small as the towers allow. Resumed runs must agree to the last bit.
 """
 
+import hashlib
 import json
 import math
 import random
@@ -21,6 +22,7 @@ from safetensors import safe_open
 
 import miniclip
 from miniclip import train as module
+from miniclip.data import data_dir
 from miniclip.loss import clip_loss
 from miniclip.model import MEAN, STD
 from miniclip.train import (
@@ -794,3 +796,11 @@ def test_nothing_starts_in_a_notebook():
     space = {"__name__": "__main__", "__spec__": None}
     exec(compile(code, module.__file__, "exec"), space)
     assert callable(space["main"])
+
+
+def test_the_shipped_model_is_what_the_command_trains():
+    notes = json.loads((data_dir() / "results/training.json").read_text())
+    assert Recipe(**notes["recipe"]) == Recipe()
+    weights = data_dir() / "checkpoints" / "emoji" / "model.safetensors"
+    found = hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert found == notes["sha256"]
